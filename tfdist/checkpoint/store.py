@@ -1,0 +1,174 @@
+"""Self-verifying checkpoint directories: written aside, fsynced, renamed; the manifest is the last file in.
+
+A directory `step-00000500` holds `manifest.json` and the values. An array is a list of slices (offset, shape, file,
+byte_offset), so that a later sharded save needs no new format; today each has one slice. Only the chief writes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
+import numpy as np
+from absl import logging
+
+from tfdist.errors import CheckpointError
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_VALUES = "values-00000.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every value by its key; call after `verify`."""
+        data = {name: np.memmap(self.path / name, np.uint8, "r") for name in self.manifest["files"]}
+        return {key: _assemble(entry, data) for key, entry in self.manifest["arrays"].items()}
+
+
+def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
+    """Writes `folder/step-N`. `facts` (seed, config hash, versions) go into the manifest.
+
+    Raises `CheckpointError` when the disk does not take it; what was there before is untouched then.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=folder))
+        entries, checksum, size = _write_values(temporary / _VALUES, arrays)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            **facts,
+            "arrays": entries,
+            "files": {_VALUES: {"size": size, "sha256": checksum}},
+        }
+        _write_synced(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(temporary)
+        if final.exists():  # a damaged one of the same step, else this step would not be saved again
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync_folder(folder)
+        return final
+    except OSError as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"checkpoint: cannot write {final}: {error.strerror or error}") from error
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest directory that verifies; damaged ones are skipped with a warning. None if there are no checkpoints.
+
+    Raises `CheckpointError` when there are checkpoints and all of them are damaged.
+    """
+    found = sorted(steps(folder), reverse=True)
+    for step in found:
+        path = folder / f"step-{step:08d}"
+        try:
+            return verify(path)
+        except CheckpointError as error:
+            logging.warning("skipping a damaged checkpoint: %s", error)
+    if found:
+        raise CheckpointError(
+            f"checkpoint: expected a usable checkpoint in {folder}, found {len(found)} damaged ones; "
+            "--fresh starts at step 0 and keeps them aside"
+        )
+    return None
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps with a finished directory, in no order, good or not."""
+    names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
+    return [int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()]
+
+
+def verify(path: Path) -> Checkpoint:
+    """Reads the manifest and checks every file's size and SHA-256. Raises `CheckpointError` with file and reason."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        files, step = manifest["files"], manifest["step"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path / _MANIFEST}: missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path / _MANIFEST}: expected format {FORMAT}, found {manifest.get('format')!r}")
+    for name, expected in files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(f"{path / name}: expected {expected['size']} bytes, found {size}")
+            with open(path / name, "rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+                    hashlib.sha256(file.read()).hexdigest()
+                )
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from error
+        if checksum != expected["sha256"]:
+            raise CheckpointError(f"{path / name}: SHA-256 does not match the manifest")
+    return Checkpoint(path, step, manifest)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed save left behind."""
+    for path in folder.glob("step-*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_values(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str, int]:
+    digest, position, entries = hashlib.sha256(), 0, {}
+    with open(path, "wb") as file:
+        for key, array in arrays.items():
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            file.write(raw)
+            digest.update(raw)
+            entries[key] = {
+                "shape": list(array.shape),
+                "dtype": array.dtype.name,
+                "slices": [{
+                    "offset": [0] * array.ndim, "shape": list(array.shape), "file": path.name, "byte_offset": position,
+                }],
+            }  # fmt: skip
+            position += array.nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    return entries, digest.hexdigest(), position
+
+
+def _assemble(entry: dict[str, Any], data: Mapping[str, np.ndarray]) -> np.ndarray:
+    dtype = np.dtype(entry["dtype"])
+    whole = np.empty(entry["shape"], dtype)
+    for piece in entry["slices"]:
+        count = int(np.prod(piece["shape"], dtype=np.int64)) * dtype.itemsize
+        raw = np.array(data[piece["file"]][piece["byte_offset"] : piece["byte_offset"] + count])
+        place = tuple(slice(o, o + n) for o, n in zip(piece["offset"], piece["shape"], strict=True))
+        whole[place] = raw.view(dtype).reshape(piece["shape"])
+    return whole
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+"""The folder of one run, and the lock that keeps a second run out of it."""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from tfdist.errors import UserError, WorkdirInUse
+
+
+class Workdir:
+    """Paths of one run. Creating the object touches nothing."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.report = self.path / "report.png"
+        self._lock_file = None
+
+    def lock(self) -> None:
+        """Creates the folder and holds it until the process ends. Raises `WorkdirInUse` when another process does.
+
+        A POSIX record lock: the system frees it when the process dies, and taking it twice in one process is fine.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115  held on purpose
+        except OSError as error:
+            raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock_file.seek(0)
+            holder = self._lock_file.read().strip() or "unknown"
+            raise WorkdirInUse(
+                f"workdir: {self.path} is in use by another run (process {holder}); stop it or use another --workdir"
+            ) from None
+        self._lock_file.truncate(0)
+        self._lock_file.write(str(os.getpid()))
+        self._lock_file.flush()
+
+    def set_aside(self) -> Path | None:
+        """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder."""
+        present = [p for p in self.path.iterdir() if p.name != ".lock" and not p.name.startswith("old-")]
+        if not present:
+            return None
+        numbers = [int(p.name.removeprefix("old-")) for p in self.path.glob("old-*") if p.name[4:].isdigit()]
+        aside = self.path / f"old-{max(numbers, default=0) + 1}"
+        aside.mkdir()
+        for path in present:
+            path.rename(aside / path.name)
+        return aside
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of the text or none: a reader never sees half of it."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

@@ -1,0 +1,92 @@
+"""One short function per command; `flags` are the parsed command-line flags."""
+
+from pathlib import Path
+
+from tfdist.checkpoint.workdir import Workdir, write_atomically
+from tfdist.cli import job
+from tfdist.cluster.resolve import resolve
+from tfdist.errors import UserError
+from tfdist.infer import export as export_model
+from tfdist.infer.generate import Sampling, generate_text
+from tfdist.metrics import meters, report
+from tfdist.models import count
+from tfdist.models.transformer import next_token_loss
+from tfdist.strategies import select, support
+from tfdist.train import actions, evaluate
+
+
+def train(flags) -> None:
+    """Trains, or goes on where the run in the workdir stopped."""
+    resolve()
+    config = flags.config
+    strategy = select.make(config.strategy)
+    workdir = job.take_workdir(flags.workdir or f"runs/{Path(flags['config'].config_filename).stem}", config, flags.fresh)
+    dataset = job.open_data(config)
+    train_data, eval_data = job.train_data(config, dataset), job.eval_data(config, dataset)
+    trainer = job.build_trainer(config, strategy, dataset.data_hash, workdir)
+    if not trainer.restore(workdir.path) and config.train.init_from:
+        job.load_weights(trainer.model, config.train.init_from)
+
+    flops = count.flops_per_token(config.model, config.data.sequence_length)
+    peak = meters.peak_flops(strategy.num_replicas, config.model.dtype)
+    print(f"{trainer.model.count_params():,} parameters on {strategy}; {dataset.splits['train'].tokens:,} tokens of text")
+    print(meters.formula(flops, peak), flush=True)
+    bytes_per_token = dataset.splits["validation"].bytes_per_token
+    keep = config.checkpoint
+    trainer.train(train_data, config.train.num_steps, [
+        actions.Log(config.log.every_steps, flops, peak.flops_per_s),
+        actions.StopIfNotFinite(config.train.max_skipped_steps),
+        actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
+        actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
+    ])  # fmt: skip
+
+    actions.write_evaluation(trainer, eval_data, bytes_per_token)
+    trainer.close()
+    text = _sample(config, trainer.model, workdir, trainer.step)
+    report.plot(workdir.metrics, workdir.report)
+    print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
+    print(f"next: tfdist generate --workdir={workdir.path} --prompt='def main('")
+
+
+def _sample(config, model, workdir: Workdir, step: int) -> str:
+    """A text that the model starts by itself, also kept in the workdir."""
+    num_tokens = min(config.log.sample_tokens, config.data.sequence_length - 1)
+    text = generate_text(model, "", num_tokens, Sampling(temperature=0.8, seed=config.train.seed)) if num_tokens else ""
+    workdir.samples.mkdir(exist_ok=True)
+    write_atomically(workdir.samples / f"step-{step:08d}.txt", text)
+    return text
+
+
+def eval(flags) -> None:
+    """The loss over a whole split, each token counted once."""
+    config, workdir = flags.config, Workdir(flags.workdir)
+    strategy = select.make(config.strategy)
+    dataset = job.open_data(config)
+    model, step = job.restored_model(config, strategy, workdir)
+    eval_step = evaluate.make_eval_step(
+        strategy, model, next_token_loss, support.jit_compile(config.train.jit_compile, model)
+    )
+    iterator = strategy.distribute(job.eval_data(config, dataset, flags.split))
+    result = evaluate.run(strategy.make_steps(eval_step), iterator)
+    bits = result.bits_per_byte(dataset.splits[flags.split].bytes_per_token)
+    print(
+        f"step {step}: {flags.split} loss {result.loss:.6f}, perplexity {result.perplexity:.4f}, {bits:.6f} bits per "
+        f"byte, {result.tokens:,} tokens"
+    )
+
+
+def generate(flags) -> None:
+    """Text that goes on from a prompt."""
+    model, _ = job.restored_model(flags.config, select.make(flags.config.strategy), Workdir(flags.workdir))
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    print(generate_text(model, flags.prompt, flags.num_tokens, sampling))
+
+
+def export(flags) -> None:
+    """The newest checkpoint's model as a `.keras` file."""
+    if not flags.out.endswith(".keras"):
+        raise UserError(f"--out: expected a file name ending in .keras, found {flags.out!r}")
+    model, step = job.restored_model(flags.config, select.make(flags.config.strategy), Workdir(flags.workdir))
+    export_model.to_keras(model, Path(flags.out))
+    print(f"step {step}: {flags.out} ({model.count_params():,} parameters)")
+    print(f"next: python -c \"import keras, tfdist.models.transformer; keras.saving.load_model('{flags.out}').summary()\"")

@@ -1,0 +1,141 @@
+"""From a config to the pieces of a run."""
+
+import os
+from pathlib import Path
+
+import keras
+from absl import logging
+
+from tfdist.checkpoint import keys, store
+from tfdist.checkpoint.workdir import Workdir, write_atomically
+from tfdist.config import Config, config_hash, differing_fields, from_json, to_json
+from tfdist.data import shards
+from tfdist.data.input import eval_dataset_fn, train_dataset_fn
+from tfdist.errors import CheckpointError, DataError, UserError
+from tfdist.metrics.writers import TensorBoard, Terminal
+from tfdist.models.transformer import TransformerLM, next_token_loss
+from tfdist.optim.adamw import adamw
+from tfdist.strategies.base import DatasetFn, Strategy
+from tfdist.train.state import MODEL, load
+from tfdist.train.trainer import Trainer
+
+
+def open_data(config: Config) -> shards.TokenDataset:
+    """Builds the token cache if needed, and checks that the model can read it."""
+    default = os.environ.get("TFDIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tfdist"
+    cache_dir = Path(config.data.cache_dir or default).expanduser()
+    dataset = shards.open_source(config.data.source, config.data.text_key, config.data.validation_fraction, cache_dir)
+    if dataset.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: expected at least {dataset.vocab_size} (the tokenizer of {dataset.path}), found "
+            f"{config.model.vocab_size}"
+        )
+    return dataset
+
+
+def train_data(config: Config, dataset: shards.TokenDataset) -> DatasetFn:
+    return train_dataset_fn(
+        dataset,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.train.global_batch_size,
+        accumulate_steps=config.train.accumulate_steps,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def eval_data(config: Config, dataset: shards.TokenDataset, split: str = "validation") -> DatasetFn:
+    return eval_dataset_fn(
+        dataset,
+        split,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.eval.batch_size or config.train.global_batch_size,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def build_model(config: Config, strategy: Strategy) -> TransformerLM:
+    """On every replica, with initial weights that depend on the seed alone."""
+    keras.utils.set_random_seed(config.train.seed)
+    with strategy.scope():
+        return TransformerLM(config.model, config.data.sequence_length)
+
+
+def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: Workdir) -> Trainer:
+    model = build_model(config, strategy)
+    with strategy.scope():
+        optimizer = adamw(config.optimizer, config.train.num_steps, model)
+    writers = [Terminal(config.train.num_steps)]
+    if config.log.tensorboard:
+        writers.append(TensorBoard(workdir.tensorboard))
+    return Trainer(
+        strategy,
+        model,
+        optimizer,
+        next_token_loss,
+        clip_norm=config.train.clip_norm,
+        accumulate_steps=config.train.accumulate_steps,
+        steps_per_loop=config.train.steps_per_loop,
+        seed=config.train.seed,
+        jit_compile=config.train.jit_compile,
+        facts={"config_hash": config_hash(config, data_hash), "data_hash": data_hash},
+        writers=writers,
+    )
+
+
+def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
+    """Locks the workdir and refuses a config that does not fit the run in it."""
+    workdir = Workdir(path)
+    workdir.lock()
+    if fresh and (aside := workdir.set_aside()):
+        logging.info("the earlier run was moved to %s", aside)
+    if store.steps(workdir.checkpoints) and workdir.config.exists():
+        try:
+            old = from_json(workdir.config.read_text())
+        except ValueError as error:
+            raise UserError(f"workdir: {workdir.config} is damaged ({error}); --fresh starts anew") from error
+        differing = differing_fields(old, config)
+        if differing:
+            fields = "; ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items())
+            raise UserError(
+                f"workdir: {path} holds a run with another config: {fields}. Use these values, another --workdir, "
+                "or --fresh"
+            )
+        if old.train.num_steps != config.train.num_steps:
+            logging.warning(
+                "train.num_steps was %d, now %d: the learning-rate schedule is planned anew",
+                old.train.num_steps, config.train.num_steps,
+            )  # fmt: skip
+    try:
+        write_atomically(workdir.config, to_json(config))
+    except OSError as error:
+        raise UserError(f"workdir: cannot write {workdir.config}: {error.strerror}") from error
+    return workdir
+
+
+def restored_model(config: Config, strategy: Strategy, workdir: Workdir) -> tuple[TransformerLM, int]:
+    """The model of the newest good checkpoint, and its step."""
+    model = build_model(config, strategy)
+    return model, load_weights(model, str(workdir.path))
+
+
+def load_weights(model: TransformerLM, origin: str) -> int:
+    """Weights only, from another workdir or a `.keras` file; the step they are from, 0 for a file."""
+    values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
+    if origin.endswith(".keras"):
+        load(values, _keras_file_arrays(origin), origin)
+        return 0
+    found = store.latest(Workdir(origin).checkpoints)
+    if found is None:
+        raise CheckpointError(f"checkpoint: expected a checkpoint in {Workdir(origin).checkpoints}, found none")
+    load(values, {key: a for key, a in found.arrays().items() if key.startswith(MODEL)}, str(found.path))
+    return found.step
+
+
+def _keras_file_arrays(path: str) -> dict:
+    try:
+        source = keras.saving.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"train.init_from: cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+    return {MODEL + key: variable.numpy() for key, variable in keys.model_keys(source).items()}

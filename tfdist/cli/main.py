@@ -1,0 +1,143 @@
+"""Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands, not here: help and usage errors are instant."""
+
+import difflib
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from tfdist import config, errors
+from tfdist.checkpoint.workdir import Workdir
+
+USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
+
+  tfdist train    --config=configs/lm_tiny.py --workdir=runs/a   train, or go on where a run stopped
+  tfdist eval     --workdir=runs/a                               exact loss, perplexity and bits per byte
+  tfdist generate --workdir=runs/a --prompt='def '               sample from the model
+  tfdist export   --workdir=runs/a --out=model.keras             the trained model as a Keras file
+
+Any config value can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
+
+_COMMANDS = ("train", "eval", "generate", "export")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("help", "-h", "-help", "--help", "--helpfull"):
+        print(USAGE)
+        sys.exit(errors.DONE if arguments else errors.USAGE)
+    if arguments[0] == "--version":
+        from tfdist import __version__
+
+        print(__version__)
+        sys.exit(errors.DONE)
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        _fail(f"expected a command ({', '.join(_COMMANDS)}), found {command!r}{_near(command, _COMMANDS)}")
+    argv = [f"tfdist {command}", *rest]
+    _define_flags(command, argv)
+    app.run(lambda _: _run(command), argv=argv, flags_parser=lambda args: _parse(command, args))
+
+
+def _define_flags(command: str, argv: list[str]) -> None:
+    for name in _given_overrides(argv):
+        if name not in config.field_names():
+            _fail(f"unknown config key {name!r}{_near(name, config.field_names())}")
+    flags.DEFINE_string("workdir", "" if command == "train" else None, "the folder of the run")
+    if command == "train":
+        config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
+        flags.DEFINE_bool("fresh", False, "start at step 0; an earlier run in the workdir is kept in workdir/old-N")
+        return
+    try:
+        stored = _stored_config(argv)
+    except errors.Failure as error:
+        _fail(str(error), error.exit_code)
+    config_flags.DEFINE_config_dataclass("config", stored, "the run's config, with overrides", sys_argv=argv)
+    if command == "eval":
+        flags.DEFINE_enum("split", "validation", ["validation", "train"], "which split")
+    if command == "generate":
+        flags.DEFINE_string("prompt", "", "the text to go on from")
+        flags.DEFINE_integer("num_tokens", 200, "how many tokens to add", lower_bound=1)
+        flags.DEFINE_float("temperature", 0.8, "0 is greedy", lower_bound=0.0)
+        flags.DEFINE_integer("top_k", 0, "keep the k likeliest tokens; 0: all", lower_bound=0)
+        flags.DEFINE_float("top_p", 1.0, "keep the smallest set of this probability", lower_bound=0.0, upper_bound=1.0)
+        flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
+    if command == "export":
+        flags.DEFINE_string("out", "model.keras", "the file to write")
+
+
+def _stored_config(argv: list[str]) -> config.Config:
+    """The config of the run that `--workdir` names."""
+    given = [argument.split("=", 1)[1] for argument in argv if argument.startswith(("--workdir=", "-workdir="))]
+    if not given:
+        return config.Config()  # the missing flag, or --help, is dealt with when flags are parsed
+    path = Workdir(given[-1]).config
+    try:
+        return config.from_json(path.read_text())
+    except FileNotFoundError:
+        raise errors.UserError(f"--workdir: expected the folder of a run ({path.name} in it), found none: {given[-1]}") from None
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"--workdir: cannot read {path}: {error}") from error
+
+
+def _parse(command: str, argv: list[str]) -> list[str]:
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
+        print(f"{USAGE.splitlines()[0]}\n\nflags of tfdist {command}:\n{flags.FLAGS.get_help()}")
+        sys.exit(errors.DONE)
+    try:
+        positional = flags.FLAGS(argv)
+        if len(positional) > 1:
+            _fail(f"unexpected argument {positional[1]!r}; flags look like --name=value")
+        if flags.FLAGS.workdir is None:
+            _fail("expected --workdir=FOLDER, found none")
+        if flags.FLAGS.config is None:
+            _fail("expected --config=FILE.py, found none; for example --config=configs/lm_tiny.py")
+        config.validate(flags.FLAGS.config)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        _fail(f"unknown flag --{name}{_near(name, [n for n in flags.FLAGS if n.isidentifier()])}")
+    except (flags.Error, ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, ImportError) as error:
+        _fail(" ".join(str(error).split()))
+    return positional
+
+
+def _run(command: str) -> None:
+    """Runs the command; every failure that a user can act on is one line and its exit code."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        _fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter
+    logging.get_absl_handler().setFormatter(_Plain())
+    try:
+        from tfdist.cli import commands
+
+        getattr(commands, command)(flags.FLAGS)
+    except errors.Failure as error:
+        _fail(" ".join(str(error).split()), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped before there was anything to save", errors.STOPPED)
+
+
+class _Plain(logging.PythonFormatter):
+    def format(self, record) -> str:
+        return f"tfdist: {record.levelname.lower()}: {record.getMessage()}"
+
+
+def _given_overrides(argv: list[str]) -> list[str]:
+    """`--config.a.b=1`, `--noconfig.a.b` -> `a.b`."""
+    names = [argument.lstrip("-").split("=", 1)[0] for argument in argv[1:] if argument.startswith("-")]
+    return [name.removeprefix("no").removeprefix("config.") for name in names if name.startswith(("config.", "noconfig."))]
+
+
+def _near(name: str, known) -> str:
+    """The nearest names; a key of another section with the same last part counts as near."""
+    last = name.rpartition(".")[2]
+    near = [k for k in known if k.rpartition(".")[2] == last] + difflib.get_close_matches(name, known, n=3)
+    near += difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known], n=1) if not near else []
+    return f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+
+
+def _fail(message: str, code: int = errors.USAGE) -> None:
+    print(f"tfdist: {message}", file=sys.stderr)
+    sys.exit(code)

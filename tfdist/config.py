@@ -1,0 +1,228 @@
+"""Every config dataclass and its validation. No TensorFlow here: `tfdist --help` must stay instant.
+
+A config file is Python (`configs/lm_tiny.py`) with a `get_config()` that returns a `Config`. Every field says what a
+resumed run may do with it: `match` fields must be equal to those that the workdir was started with, `free` fields may
+change. The config hash covers the `match` fields and nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+
+def match(default: Any) -> Any:
+    """A field that a resumed run must not change."""
+    return dataclasses.field(default=default, metadata={"resume": "match"})
+
+
+def free(default: Any) -> Any:
+    """A field that a resumed run may change."""
+    return dataclasses.field(default=default, metadata={"resume": "free"})
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """A decoder-only Transformer language model."""
+
+    vocab_size: int = match(258)
+    num_layers: int = match(4)
+    num_heads: int = match(4)
+    num_kv_heads: int = match(0)  # 0: as many as num_heads; fewer is grouped-query attention
+    model_dim: int = match(256)
+    mlp_dim: int = match(0)  # 0: 4 * model_dim
+    positions: str = match("learned")  # learned | rotary
+    norm: str = match("layer")  # layer | rms
+    norm_epsilon: float = match(1e-5)
+    activation: str = match("gelu")  # gelu | swiglu
+    use_bias: bool = match(True)
+    tie_embeddings: bool = match(True)
+    dropout: float = match(0.0)
+    rope_theta: float = match(10000.0)
+    recompute: bool = free(False)  # recompute each block's activations in the backward pass: less memory, more time
+    dtype: str = match("float32")  # float32 | mixed_bfloat16 | bfloat16 | float64
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the text comes from and how it is cut into samples."""
+
+    source: str = match("stdlib")  # stdlib | files:GLOB[,GLOB...] | tfds:NAME | shards:DIR
+    text_key: str = match("text")  # the feature of a tfds: source that holds the text
+    tokenizer: str = match("bytes")
+    sequence_length: int = match(128)
+    validation_fraction: float = match(0.05)
+    shuffle: bool = match(True)
+    cache_dir: str = free("")  # default: $TFDIST_CACHE, else the user's cache folder
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, linear warm-up and cosine decay (arXiv:1711.05101, arXiv:1608.03983)."""
+
+    learning_rate: float = match(1e-3)
+    warmup_steps: int = match(50)
+    final_learning_rate_fraction: float = match(0.1)
+    beta_1: float = match(0.9)
+    beta_2: float = match(0.95)
+    epsilon: float = match(1e-8)
+    weight_decay: float = match(0.1)  # on matrices only: not on norms, biases and embeddings
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    num_steps: int = free(500)  # changing it re-plans the learning-rate schedule
+    global_batch_size: int = match(32)  # sequences per optimizer step, over all replicas and micro-batches
+    accumulate_steps: int = match(1)  # micro-batches per optimizer step
+    steps_per_loop: int = free(20)  # at most this many steps in one compiled loop
+    seed: int = match(0)
+    clip_norm: float = match(1.0)  # global norm; 0 turns clipping off
+    jit_compile: str = free("auto")  # auto | on | off
+    init_from: str = free("")  # start from the weights of another workdir or a .keras file
+    max_skipped_steps: int = free(20)  # this many non-finite steps in a row end the run
+
+
+@dataclasses.dataclass
+class StrategyConfig:
+    kind: str = free("auto")  # auto | one_device | mirrored | multi_worker | parameter_server | tpu
+    num_devices: int = free(0)  # 0: all GPUs, else one
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every_steps: int = free(100)
+    keep_last: int = free(3)
+    keep_every_steps: int = free(0)  # besides the last ones, keep every checkpoint at a multiple of this; 0: none
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    every_steps: int = free(250)
+    batch_size: int = free(0)  # 0: train.global_batch_size
+    max_steps: int = free(0)  # batches per evaluation during training; 0: the whole split. The last one is always whole
+
+
+@dataclasses.dataclass
+class LogConfig:
+    every_steps: int = free(1)
+    tensorboard: bool = free(True)
+    sample_tokens: int = free(200)  # length of the sample at the end of a run
+
+
+@dataclasses.dataclass
+class Config:
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+_CHOICES = {
+    "model.positions": ("learned", "rotary"),
+    "model.norm": ("layer", "rms"),
+    "model.activation": ("gelu", "swiglu"),
+    "model.dtype": ("float32", "mixed_bfloat16", "bfloat16", "float64"),
+    "data.tokenizer": ("bytes",),
+    "train.jit_compile": ("auto", "on", "off"),
+    "strategy.kind": ("auto", "one_device", "mirrored", "multi_worker", "parameter_server", "tpu"),
+}
+_AT_LEAST_ONE = (
+    "model.vocab_size", "model.num_layers", "model.num_heads", "model.model_dim", "data.sequence_length",
+    "train.num_steps", "train.global_batch_size", "train.accumulate_steps", "train.steps_per_loop",
+    "train.max_skipped_steps", "checkpoint.keep_last", "log.every_steps",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",
+    "optimizer.weight_decay", "train.clip_norm", "train.seed", "strategy.num_devices", "checkpoint.every_steps",
+    "checkpoint.keep_every_steps", "eval.every_steps", "eval.batch_size", "eval.max_steps", "log.sample_tokens",
+)  # fmt: skip
+_BELOW_ONE = ("model.dropout", "data.validation_fraction")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"train.num_steps": 500, ...}`."""
+    return {
+        f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(section.type)
+    }
+
+
+def field_names() -> list[str]:
+    return list(flatten(Config()))
+
+
+def validate(config: Config) -> Config:
+    """Returns the config, or raises `ValueError` with one line: what was expected, what was found."""
+    values = flatten(config)
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {values[name]!r}")
+    for names, smallest in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for name in names:
+            if not values[name] >= smallest:
+                raise ValueError(f"{name}: expected at least {smallest}, found {values[name]}")
+    for name in _BELOW_ONE:
+        if not 0 <= values[name] < 1:
+            raise ValueError(f"{name}: expected 0 <= x < 1, found {values[name]}")
+    model, train = config.model, config.train
+    if model.model_dim % model.num_heads:
+        raise ValueError(
+            f"model.model_dim: expected a multiple of model.num_heads={model.num_heads}, found {model.model_dim}"
+        )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise ValueError(
+            f"model.num_kv_heads: expected a divisor of model.num_heads={model.num_heads}, found {model.num_kv_heads}"
+        )
+    if model.positions == "rotary" and (model.model_dim // model.num_heads) % 2:
+        raise ValueError(
+            "model.positions: rotary needs an even head size (model_dim / num_heads), found "
+            f"{model.model_dim // model.num_heads}"
+        )
+    if train.accumulate_steps > train.global_batch_size:
+        raise ValueError(
+            f"train.accumulate_steps: expected at most train.global_batch_size={train.global_batch_size}, "
+            f"found {train.accumulate_steps}"
+        )
+    return config
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`. Unknown keys raise `ValueError`; missing ones take their default."""
+    tree, config = json.loads(text), Config()
+    known = set(flatten(config))
+    for section, fields in tree.items():
+        for name, value in fields.items():
+            if f"{section}.{name}" not in known:
+                raise ValueError(f"config.json: unknown key {section}.{name}")
+            setattr(getattr(config, section), name, value)
+    return config
+
+
+def _match_fields(config: Config) -> dict[str, Any]:
+    kinds = {
+        f"{section.name}.{field.name}": field.metadata["resume"]
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(section.type)
+    }
+    return {name: value for name, value in flatten(config).items() if kinds[name] == "match"}
+
+
+def differing_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields that a resumed run must match and does not: name -> (value in the workdir, value now)."""
+    before, now = _match_fields(old), _match_fields(new)
+    return {name: (before[name], now[name]) for name in before if before[name] != now[name]}
+
+
+def config_hash(config: Config, data_hash: str) -> str:
+    """A hash of everything that determines the numbers of a run: the `match` fields and the data's own hash."""
+    text = json.dumps({"config": _match_fields(config), "data": data_hash}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""Text from TensorFlow Datasets.
+
+A first use downloads. `tfds` retries for minutes where there is no network, so an unprepared dataset is fetched by a
+child process that is given up once nothing has arrived for a while.
+"""
+
+import difflib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tfdist.errors import DataError
+
+_STALL_S = 15.0  # nothing written for this long: the download is given up
+_POLL_S = 0.25
+_PREPARE = "import sys, tensorflow_datasets as tfds; tfds.builder(sys.argv[1]).download_and_prepare()"
+
+
+def read(name: str, text_key: str) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]] | None]:
+    """(train documents, validation documents or None), each (name, text). `TFDS_DATA_DIR` says where they lie."""
+    import tensorflow_datasets as tfds
+
+    if not _prepared(tfds, name):
+        _check_known(tfds, name)
+        _download(tfds, name)
+    # the files alone are enough from here on; building by name would ask the network for metadata
+    builder = tfds.builder_from_directory(_prepared(tfds, name))
+    if text_key not in builder.info.features:
+        raise DataError(
+            f"data.text_key: expected a feature of tfds:{name} ({', '.join(builder.info.features)}), found {text_key!r}"
+        )
+    splits = builder.info.splits
+    if "train" not in splits:
+        raise DataError(f"data.source: expected a train split in tfds:{name}, found {', '.join(splits)}")
+    held_out = next((split for split in ("validation", "test") if split in splits), None)
+    return _documents(builder, "train", text_key), held_out and _documents(builder, held_out, text_key)
+
+
+def _documents(builder, split: str, text_key: str) -> list[tuple[str, bytes]]:
+    import tensorflow_datasets as tfds
+
+    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)  # on-disk order
+    rows = builder.as_dataset(split=split, shuffle_files=False, read_config=read_config).as_numpy_iterator()
+    texts = [row[text_key] for row in rows]
+    if texts and not isinstance(texts[0], bytes):
+        raise DataError(f"data.text_key: expected text in feature {text_key!r}, found {type(texts[0]).__name__}")
+    return [(f"{split}/{i}", text) for i, text in enumerate(texts)]
+
+
+def _data_dir(tfds) -> Path:
+    return Path(tfds.core.constants.DATA_DIR).expanduser()
+
+
+def _prepared(tfds, name: str) -> Path | None:
+    """The folder of the newest prepared version of `name[/config][:version]`, if there is one."""
+    name, _, version = name.partition(":")
+    root = _data_dir(tfds) / name
+    found = [p.parent for p in root.glob("**/dataset_info.json") if not version or p.parent.name == version]
+    return max(found, key=lambda path: _version_key(path.name), default=None)
+
+
+def _version_key(version: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else -1 for part in version.split("."))
+
+
+def _check_known(tfds, name: str) -> None:
+    known, base = tfds.list_builders(with_community_datasets=False), name.partition(":")[0].partition("/")[0]
+    if base not in known:
+        near = difflib.get_close_matches(base, known, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise DataError(f"data.source: unknown TensorFlow dataset {base!r}{hint}")
+
+
+def _download(tfds, name: str) -> None:
+    folder = _data_dir(tfds)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _PREPARE, name],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    size, since = -1, time.monotonic()
+    while child.poll() is None:
+        now = _folder_bytes(folder)
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > _STALL_S:
+            child.kill()
+            child.wait()
+            raise DataError(
+                f"data.source: cannot download tfds:{name}: nothing arrived for {_STALL_S:.0f} s; is there a network? "
+                f"A dataset that is prepared elsewhere can be copied to {folder}"
+            )
+        time.sleep(_POLL_S)
+    if child.returncode:
+        last = (child.stderr.read().strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"data.source: cannot download tfds:{name}: {last[:300]}")
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except OSError:
+            continue  # it was renamed meanwhile
+    return total

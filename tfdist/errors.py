@@ -1,0 +1,41 @@
+"""Failures with an exit code. A user's mistake is a `ValueError` whose one line says what was expected, what was found
+and how to fix it; the command line prints that line and nothing else."""
+
+DONE, INTERNAL, USAGE, DATA, CHECKPOINT, NOT_FINITE, IN_USE, CHECK_FAILED, STOPPED = 0, 1, 2, 3, 4, 5, 6, 7, 143
+
+
+class Failure(Exception):
+    """Anything that ends a run for a reason that a user can act on."""
+
+    exit_code = INTERNAL
+
+
+class UserError(Failure, ValueError):
+    """Usage, config, or an argument of the Python interface."""
+
+    exit_code = USAGE
+
+
+class DataError(UserError):
+    exit_code = DATA
+
+
+class CheckpointError(UserError):
+    exit_code = CHECKPOINT
+
+
+class NotFiniteError(Failure, ArithmeticError):
+    """The loss or the gradients were not finite for too many steps in a row."""
+
+    exit_code = NOT_FINITE
+
+
+class WorkdirInUse(UserError):
+    exit_code = IN_USE
+
+
+class Stopped(SystemExit):
+    """Told to stop by SIGTERM or Ctrl-C, and saved (143), or the save failed (4)."""
+
+    def __init__(self, code: int = STOPPED):
+        super().__init__(code)

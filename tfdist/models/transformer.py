@@ -1,0 +1,255 @@
+"""The decoder-only Transformer language model, in Keras 3. It knows nothing of distribution.
+
+Shapes: B rows, T tokens, S cache length, V vocabulary, d model dim, H query heads, K key/value heads, G = H / K,
+D = d / H head dim.
+"""
+
+import dataclasses
+import math
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from tfdist.errors import UserError
+from tfdist.config import ModelConfig
+from tfdist.models import count
+from tfdist.models.dropout import Dropout, current_position, sample_position
+
+_INIT_STDDEV = 0.02  # GPT-2
+
+
+def rotate(x, positions, theta: float):
+    """Rotary position embedding (arXiv:2104.09864), halves layout as in Llama. x [B, T, heads, D], positions [T]."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-tf.range(half, dtype=tf.float32) / half)  # [D/2]
+    angle = tf.cast(positions, tf.float32)[:, None] * frequency  # [T, D/2]
+    cos, sin = (tf.cast(f(angle), x.dtype)[None, :, None, :] for f in (tf.cos, tf.sin))
+    a, b = x[..., :half], x[..., half:]
+    return tf.concat([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _norm(config: ModelConfig, name: str):
+    if config.norm == "rms":
+        return keras.layers.RMSNormalization(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
+    return keras.layers.LayerNormalization(epsilon=config.norm_epsilon, dtype=config.dtype, name=name)
+
+
+def _dense(config: ModelConfig, units: int, name: str, residual: bool = False):
+    """A projection. Those that write into the residual stream start smaller, as in GPT-2."""
+    stddev = _INIT_STDDEV / math.sqrt(2 * config.num_layers) if residual else _INIT_STDDEV
+    init = keras.initializers.RandomNormal(stddev=stddev)
+    return keras.layers.Dense(
+        units, use_bias=config.use_bias, kernel_initializer=init, dtype=config.dtype, name=name
+    )
+
+
+def _embedding(config: ModelConfig, size: int, name: str):
+    init = keras.initializers.RandomNormal(stddev=_INIT_STDDEV)
+    return keras.layers.Embedding(size, config.model_dim, embeddings_initializer=init, dtype=config.dtype, name=name)
+
+
+class Attention(keras.layers.Layer):
+    """Causal self-attention with grouped queries (arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        kv_dim = count.kv_heads(config) * count.head_dim(config)
+        self.query = _dense(config, config.model_dim, "query")
+        self.key = _dense(config, kv_dim, "key")
+        self.value = _dense(config, kv_dim, "value")
+        self.output_projection = _dense(config, config.model_dim, "output", residual=True)
+
+    def build(self, shape):
+        for layer in (self.query, self.key, self.value, self.output_projection):
+            layer.build(shape)
+
+    def call(self, x, cache=None, start=0):
+        """x [B, T, d]. With a `cache` (keys, values: [B, S, K, D]) writes this call's T entries at `start`, reads all.
+
+        Returns the output [B, T, d], and the cache after the write (None without one).
+        """
+        config = self.config
+        rows, length, kv, size = tf.shape(x)[0], x.shape[1], count.kv_heads(config), count.head_dim(config)
+        group = config.num_heads // kv
+        q = tf.reshape(self.query(x), [rows, length, config.num_heads, size])
+        k = tf.reshape(self.key(x), [rows, length, kv, size])
+        v = tf.reshape(self.value(x), [rows, length, kv, size])
+        positions = start + tf.range(length)
+        if config.positions == "rotary":
+            q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
+        if cache is not None:
+            k = ops.slice_update(cache[0], [0, start, 0, 0], tf.cast(k, cache[0].dtype))
+            v = ops.slice_update(cache[1], [0, start, 0, 0], tf.cast(v, cache[1].dtype))
+            cache = (k, v)
+        q = tf.transpose(tf.reshape(q * size**-0.5, [rows, length, kv, group, size]), [0, 2, 3, 1, 4])
+        q = tf.reshape(q, [rows, kv, group * length, size])  # [B, K, G*T, D]
+        k = tf.transpose(k, [0, 2, 1, 3])  # [B, K, S, D]
+        v = tf.transpose(v, [0, 2, 1, 3])
+        scores = tf.matmul(q, k, transpose_b=True)  # [B, K, G*T, S]
+        scores = tf.reshape(scores, [rows, kv, group, length, k.shape[2]])
+        visible = tf.range(k.shape[2])[None, :] <= positions[:, None]  # [T, S]
+        wide = scores.dtype if scores.dtype == tf.float64 else tf.float32  # softmax in bfloat16 loses too much
+        weights = tf.nn.softmax(tf.where(visible, tf.cast(scores, wide), wide.min))
+        weights = tf.reshape(tf.cast(weights, v.dtype), [rows, kv, group * length, k.shape[2]])
+        mixed = tf.reshape(tf.matmul(weights, v), [rows, kv, group, length, size])
+        mixed = tf.reshape(tf.transpose(mixed, [0, 3, 1, 2, 4]), [rows, length, config.model_dim])
+        return self.output_projection(mixed), cache
+
+
+class MLP(keras.layers.Layer):
+    """GELU (tanh form, as in GPT-2) or SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.config = config
+        self.up = _dense(config, count.mlp_dim(config), "up")
+        self.gate = _dense(config, count.mlp_dim(config), "gate") if config.activation == "swiglu" else None
+        self.down = _dense(config, config.model_dim, "down", residual=True)
+
+    def build(self, shape):
+        for layer in (self.up, self.gate):
+            if layer is not None:
+                layer.build(shape)
+        self.down.build((*shape[:-1], count.mlp_dim(self.config)))
+
+    def call(self, x):
+        if self.gate is None:
+            return self.down(tf.nn.gelu(self.up(x), approximate=True))
+        return self.down(tf.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(keras.layers.Layer):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, index: int, **kwargs):
+        super().__init__(**kwargs)
+        self.attention_norm = _norm(config, "attention_norm")
+        self.attention = Attention(config, dtype=config.dtype, name="attention")
+        self.attention_dropout = Dropout(
+            config.dropout, f"block_{index}/attention", dtype=config.dtype, name="attention_dropout"
+        )
+        self.mlp_norm = _norm(config, "mlp_norm")
+        self.mlp = MLP(config, dtype=config.dtype, name="mlp")
+        self.mlp_dropout = Dropout(config.dropout, f"block_{index}/mlp", dtype=config.dtype, name="mlp_dropout")
+
+    def build(self, shape):
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            layer.build(shape)
+
+    def call(self, x, cache=None, start=0, training=None):
+        attended, cache = self.attention(self.attention_norm(x), cache=cache, start=start)
+        x = x + self.attention_dropout(attended, training=training)
+        x = x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), training=training)
+        return x, cache
+
+
+@keras.saving.register_keras_serializable(package="tfdist")
+class TransformerLM(keras.Model):
+    """tokens [B, T] (integers) -> logits [B, T, V]. Saves and loads as `.keras`.
+
+    `sequence_length` is the length of the position table (learned positions) and the longest context of `decode`.
+    Raises `ValueError` when T is longer than that.
+    """
+
+    def __init__(self, config: ModelConfig, sequence_length: int, **kwargs):
+        super().__init__(dtype=config.dtype, **kwargs)
+        self.config, self.sequence_length = config, sequence_length
+        self.embedding = _embedding(config, config.vocab_size, "embedding")
+        self.position_embedding = None
+        if config.positions == "learned":
+            self.position_embedding = _embedding(config, sequence_length, "position_embedding")
+        self.embedding_dropout = Dropout(config.dropout, "embedding", dtype=config.dtype, name="embedding_dropout")
+        self.blocks = [Block(config, i, dtype=config.dtype, name=f"block_{i}") for i in range(config.num_layers)]
+        self.final_norm = _norm(config, "final_norm")
+        self.head = None
+        if not config.tie_embeddings:
+            init = keras.initializers.RandomNormal(stddev=_INIT_STDDEV)
+            self.head = keras.layers.Dense(
+                config.vocab_size, use_bias=False, kernel_initializer=init, dtype=config.dtype, name="head"
+            )
+        self.build((None, sequence_length))
+
+    def build(self, shape):
+        hidden = (None, shape[-1], self.config.model_dim)
+        self.embedding.build(shape)
+        if self.position_embedding is not None:
+            self.position_embedding.build((self.sequence_length,))
+        for layer in (*self.blocks, self.final_norm, *([self.head] if self.head is not None else [])):
+            layer.build(hidden)
+        self.built = True
+
+    def embed(self, tokens, start=0):
+        x = self.embedding(tokens)  # [B, T, d]
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(start + tf.range(tokens.shape[1]))
+        return x
+
+    def logits(self, x):
+        x = self.final_norm(x)
+        if self.head is not None:
+            return self.head(x)
+        table = tf.cast(tf.convert_to_tensor(self.embedding.embeddings), x.dtype)  # [V, d]
+        flat = tf.reshape(x, [-1, self.config.model_dim])
+        return tf.reshape(tf.matmul(flat, table, transpose_b=True), [*_dims(x)[:-1], self.config.vocab_size])
+
+    def call(self, tokens, training=None):
+        tokens = tf.convert_to_tensor(tokens)
+        if tokens.shape[1] is not None and tokens.shape[1] > self.sequence_length:
+            raise UserError(f"expected at most {self.sequence_length} tokens a row, found {tokens.shape[1]}")
+        x = self.embedding_dropout(self.embed(tokens), training=training)
+        for block in self.blocks:
+            x = _recomputed(block, x) if self.config.recompute and training else block(x, training=training)[0]
+        return self.logits(x)
+
+    def empty_cache(self, rows: int, length: int):
+        """Keys and values for `length` positions, one pair [rows, length, K, D] per block."""
+        shape = [rows, length, count.kv_heads(self.config), count.head_dim(self.config)]
+        return [(tf.zeros(shape, self.compute_dtype), tf.zeros(shape, self.compute_dtype)) for _ in self.blocks]
+
+    def decode(self, tokens, caches, start):
+        """tokens [B, T] at positions start, start + 1, ... -> logits [B, T, V] and the caches with them written."""
+        x, updated = self.embed(tokens, start), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block(x, cache=cache, start=start)
+            updated.append(cache)
+        return self.logits(x), updated
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "config": dataclasses.asdict(self.config),
+            "sequence_length": self.sequence_length,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(ModelConfig(**config.pop("config")), **config)
+
+
+def _dims(x) -> list:
+    """The shape, static where known."""
+    dynamic = tf.shape(x)
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
+
+
+def _recomputed(block, x):
+    """The block's output; its activations are computed again in the backward pass instead of kept.
+
+    The backward pass runs the block outside the caller's `sample_position`, so the position goes along.
+    """
+    position = current_position()
+
+    def call(x):
+        with sample_position(position):
+            return block(x, training=True)[0]
+
+    return keras.remat(call)(x)
+
+
+def next_token_loss(labels, logits):
+    """Cross-entropy in nats of each token. labels [B, T], logits [B, T, V] -> [B, T], float32 at least."""
+    if logits.dtype != tf.float64:
+        logits = tf.cast(logits, tf.float32)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)

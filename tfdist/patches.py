@@ -1,0 +1,75 @@
+"""The only file that touches private names of Keras and TensorFlow. One small entry each: what, why, upstream, versions.
+
+Nothing here runs at import; callers apply an entry where they need it.
+"""
+
+import contextlib
+from typing import Any
+
+import keras
+
+
+@contextlib.contextmanager
+def component_variables(tf_strategy, variables: list[Any], replica: int):
+    """Inside, each Keras variable is its component on local replica `replica`: a plain, compilable resource variable.
+
+    What: swaps `keras.Variable._value`.
+    Why: assigning to a MirroredVariable in a replica calls `merge_call`, which XLA cannot compile; on components the
+    whole optimizer update compiles and costs nothing over a one-device step. Traced per replica, one thread at a time.
+    Upstream: Keras has no public way to bind a variable's value. Versions: Keras 3.10-3.15.
+    """
+    whole = [variable._value for variable in variables]
+    try:
+        for variable, value in zip(variables, whole, strict=True):
+            variable._value = tf_strategy.experimental_local_results(value)[replica]
+        yield
+    finally:
+        for variable, value in zip(variables, whole, strict=True):
+            variable._value = value
+
+
+def apply_gradients(optimizer: keras.optimizers.Optimizer, gradients, variables) -> None:
+    """One optimizer update from gradients that are already reduced and clipped. Call it on component variables.
+
+    What: `_apply_weight_decay`, `update_step`, moving averages, constraints and the iteration count, in Keras' order.
+    Why: `Optimizer.apply` all-reduces the gradients again, clips before that reduce, and calls `merge_call`;
+    `update_step` alone (public) leaves out decay, averages and the count.
+    Upstream: https://github.com/keras-team/keras/issues/20582. Versions: Keras 3.10-3.15.
+    """
+    _apply_weight_decay(optimizer, variables)
+    learning_rate = optimizer.learning_rate
+    for gradient, variable in zip(gradients, variables, strict=True):
+        optimizer.update_step(gradient, variable, learning_rate)
+    if optimizer.use_ema:
+        _update_moving_averages(optimizer)
+    for variable in variables:
+        if variable.constraint is not None:
+            variable.assign(variable.constraint(variable))
+    optimizer.iterations.assign_add(1)
+
+
+def _apply_weight_decay(optimizer, variables) -> None:
+    """Keras' decay without its TensorFlow override, which calls `merge_call`; an optimizer's own one (Muon) is kept."""
+    owners = [cls for cls in type(optimizer).__mro__ if "_apply_weight_decay" in vars(cls)]
+    own = next(cls for cls in owners if not cls.__module__.startswith("keras.src.backend.tensorflow"))
+    if own is not owners[-1] or optimizer.weight_decay is not None:
+        own._apply_weight_decay(optimizer, variables)
+
+
+def _update_moving_averages(optimizer) -> None:
+    optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
+    if optimizer.ema_overwrite_frequency:
+        due = keras.ops.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
+        for variable, average in zip(
+            optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
+        ):
+            if average is not None:
+                variable.assign(keras.ops.where(due, average, variable))
+
+
+def all_layers(model: keras.Layer) -> list[keras.Layer]:
+    """The model and every layer inside it, at any depth.
+
+    What: `Layer._flatten_layers`. Why: public `Model.layers` lists the top level only. Versions: Keras 3.10-3.15.
+    """
+    return list(model._flatten_layers(include_self=True))

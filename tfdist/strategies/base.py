@@ -1,0 +1,73 @@
+"""What the loop and the step need of a strategy, and no more."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+
+class InputContext:
+    """What a `dataset_fn` is told. Its dataset yields, per element, this pipeline's rows of one global batch.
+
+    `pipeline` of `pipelines`: which input pipeline this is; one per worker. `replicas`: over all workers.
+    `start_step`: the first element must be the one of this step; a function that never looks at it gets
+    `Dataset.skip(start_step)`.
+    """
+
+    def __init__(self, pipeline: int = 0, pipelines: int = 1, replicas: int = 1, start_step: int = 0):
+        self.pipeline, self.pipelines, self.replicas = pipeline, pipelines, replicas
+        self._start_step, self.start_step_was_read = start_step, False
+
+    @property
+    def start_step(self) -> int:
+        self.start_step_was_read = True
+        return self._start_step
+
+
+DatasetFn = Callable[[InputContext], tf.data.Dataset]
+
+
+class Batch(NamedTuple):
+    """One replica's share of one global batch: M micro-batches of c rows."""
+
+    x: Any  # nest of [M, c, ...]
+    y: Any  # nest of [M, c, ...]
+    weight: tf.Tensor  # [M, c, ...] float; 0 for rows that are padding
+    first_row: tf.Tensor  # [M] int64: index within the global batch of each micro-batch's row 0
+    valid: tf.Tensor  # scalar bool: False once the input has ended
+
+
+# One replica's step: (its batch, its local replica index) -> scalars that are equal on every replica.
+# The key "valid" says whether any replica still had input.
+ReplicaStep = Callable[[Batch, int], dict[str, tf.Tensor]]
+
+# (iterator, n) -> (per-step scalars, each of shape [done]; done). done < n only at the end of the input.
+Steps = Callable[[Any, int], tuple[dict[str, np.ndarray], int]]
+
+
+class Strategy(Protocol):
+    """A cluster of devices that trains one model. Constructed by every worker; the chief alone writes."""
+
+    tf_strategy: tf.distribute.Strategy
+    num_replicas: int
+    is_chief: bool
+
+    def scope(self) -> AbstractContextManager:
+        """Variables made inside live on every replica."""
+
+    def distribute(self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0) -> Any:
+        """An endless iterator of `Batch`, one per replica and step; invalid ones follow the end of the input."""
+
+    def make_steps(self, replica_step: ReplicaStep) -> Steps:
+        """Compiles a loop of any length around one replica step."""
+
+    def local_replicas(self) -> int:
+        """How many replicas this process drives."""
+
+    def barrier(self) -> None:
+        """Returns when every worker has come here."""
+
+    def close(self) -> None:
+        """Gives back what the strategy holds. It cannot be used afterwards."""

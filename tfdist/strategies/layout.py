@@ -1,0 +1,90 @@
+"""From a user's dataset to per-replica micro-batches: pure `tf.data`, static shapes, exact weights."""
+
+import tensorflow as tf
+
+from tfdist.errors import UserError
+from tfdist.strategies.base import Batch
+
+
+def rows_of(dataset: tf.data.Dataset) -> int:
+    """Rows of a full element: the static batch size, else that of the first element.
+
+    Raises `ValueError` for a dataset without elements, or whose elements are not batched.
+    """
+    spec = tf.nest.flatten(dataset.element_spec)[0]
+    if spec.shape.rank == 0:
+        raise UserError("expected a batched dataset (elements [rows, ...]), found scalar elements; use .batch()")
+    if spec.shape.rank and spec.shape[0] is not None:
+        return int(spec.shape[0])
+    for element in dataset.take(1):
+        return int(tf.shape(tf.nest.flatten(element)[0])[0])
+    raise UserError("expected a dataset with at least one batch, found an empty one")
+
+
+def unpack(element) -> tuple:
+    """(x, y) or (x, y, weight) -> (x, y, weight or None)."""
+    if not isinstance(element, tuple) or len(element) not in (2, 3):
+        raise UserError(
+            f"expected dataset elements (x, y) or (x, y, weight), found {type(element).__name__}"
+            + (f" of {len(element)}" if isinstance(element, tuple) else "")
+        )
+    return element if len(element) == 3 else (*element, None)
+
+
+def lay_out(dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, replicas: int) -> tf.data.Dataset:
+    """One `Batch` per replica and step, in replica order, then endless invalid batches.
+
+    Micro-batch m is the m-th contiguous block of the rows, split over the replicas; rows that fill up the last places
+    repeat the last real row with weight 0, so that a loss that is finite on the data stays finite.
+    """
+    share = -(-num_rows // (accumulate_steps * replicas))  # rows per micro-batch and replica
+    places = share * accumulate_steps * replicas
+
+    def split(*element):
+        x, y, weight = unpack(element)
+        found = tf.shape(tf.nest.flatten(x)[0])[0]
+        fits = tf.debugging.assert_less_equal(
+            found, num_rows, message=f"a batch has more rows than the first one ({num_rows})"
+        )
+        with tf.control_dependencies([fits]):
+            place = tf.range(places)
+        real = place < found
+        if weight is None:
+            weight = tf.cast(real, tf.float32)
+        else:
+            weight = tf.convert_to_tensor(weight)
+            weight = _fill(weight, place, found)
+            mask = tf.reshape(real, [places] + [1] * (weight.shape.rank - 1))
+            weight = tf.where(mask, weight, tf.zeros_like(weight))
+        x, y = tf.nest.map_structure(lambda t: _fill(t, place, found), (x, y))
+        by_replica = tf.nest.map_structure(_by_replica, (x, y, weight))
+        first_row = tf.range(0, places, share, dtype=tf.int64)
+        first_row = tf.transpose(tf.reshape(first_row, [accumulate_steps, replicas]))
+        return Batch(*by_replica, first_row, tf.ones([replicas], tf.bool))
+
+    def _fill(tensor, place, found):
+        if tensor.shape[0] == places:
+            return tensor
+        filled = tf.cond(
+            found > 0,
+            lambda: tf.gather(tensor, tf.minimum(place, found - 1)),
+            lambda: tf.zeros(tf.concat([[places], tf.shape(tensor)[1:]], 0), tensor.dtype),
+        )
+        return tf.ensure_shape(filled, [places, *tensor.shape[1:]])
+
+    def _by_replica(tensor):  # [places, ...] -> [R, M, share, ...]
+        shape = tf.concat([[accumulate_steps, replicas, share], tf.shape(tensor)[1:]], 0)
+        split = tf.reshape(tensor, shape)
+        split = tf.ensure_shape(split, [accumulate_steps, replicas, share, *tensor.shape[1:]])
+        if replicas == 1:
+            return tf.squeeze(split, 1)[None]
+        return tf.transpose(split, [1, 0, *range(2, split.shape.rank)])
+
+    batches = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+    return batches.concatenate(_endless_invalid(batches.element_spec))
+
+
+def _endless_invalid(spec) -> tf.data.Dataset:
+    """Batches of zeros with weight 0 and `valid` False; unknown sizes become 1."""
+    empty = tf.nest.map_structure(lambda s: tf.zeros([1 if d is None else d for d in s.shape], s.dtype), spec)
+    return tf.data.Dataset.from_tensors(empty).repeat()

@@ -1,0 +1,152 @@
+"""Work that happens at some steps: log, evaluate, checkpoint, stop when the numbers are gone."""
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from absl import logging
+
+from tfdist.checkpoint import policy
+from tfdist.errors import CheckpointError, NotFiniteError
+from tfdist.strategies.base import DatasetFn
+from tfdist.train.loop import Turn
+
+if TYPE_CHECKING:
+    from tfdist.train.trainer import Trainer
+
+
+class Every:
+    """Due at the multiples of `every_steps`; 0: never."""
+
+    def __init__(self, every_steps: int):
+        self.every_steps = every_steps
+
+    def next_due(self, step: int) -> int | None:
+        return (step // self.every_steps + 1) * self.every_steps if self.every_steps else None
+
+    def is_due(self, step: int) -> bool:
+        return bool(self.every_steps) and step % self.every_steps == 0
+
+
+class Log:
+    """Writes a train row for every `every_steps`-th step. Never a reason for the compiled loop to come up.
+
+    `flops_per_token` and `peak_flops` (of all devices together, per second) give `mfu`; without them it is 0.
+    """
+
+    def __init__(self, every_steps: int = 1, flops_per_token: float = 0.0, peak_flops: float = 0.0):
+        self.every_steps, self.flops_per_token, self.peak_flops = every_steps, flops_per_token, peak_flops
+
+    def next_due(self, step: int) -> int | None:
+        return None
+
+    def maybe(self, trainer: "Trainer", turn: Turn) -> None:
+        done = turn.step - turn.first_step
+        if not done:
+            return
+        tokens_per_s = math.fsum(turn.outputs["tokens"]) / turn.seconds
+        mfu = tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else 0.0
+        for i, step in enumerate(range(turn.first_step + 1, turn.step + 1)):
+            outputs = {name: float(values[i]) for name, values in turn.outputs.items()}
+            if outputs["skipped"]:
+                trainer.write({"kind": "event", "name": "skip_step", "step": step, "loss": outputs["loss"]})
+            if step % self.every_steps:
+                continue
+            trainer.write({
+                "kind": "train",
+                "step": step,
+                "loss": outputs["loss"],
+                "loss_hex": outputs["loss"].hex(),
+                "grad_norm": outputs["grad_norm"],
+                "learning_rate": outputs["learning_rate"],
+                "tokens": round(outputs["tokens"]),
+                "tokens_per_s": tokens_per_s,
+                "step_time_s": turn.seconds / done,
+                "data_wait_s": outputs["data_wait_s"],
+                "mfu": mfu,
+            })  # fmt: skip
+
+
+class Evaluate(Every):
+    """Writes an eval row. `bytes_per_token` turns nats per token into bits per byte; 0 leaves that out."""
+
+    def __init__(
+        self, dataset_fn: DatasetFn, every_steps: int, bytes_per_token: float = 0.0, max_steps: int = 0
+    ):
+        super().__init__(every_steps)
+        self.dataset_fn, self.bytes_per_token, self.max_steps = dataset_fn, bytes_per_token, max_steps
+
+    def maybe(self, trainer: "Trainer", turn: Turn) -> None:
+        if self.is_due(turn.step) and not turn.last:
+            write_evaluation(trainer, self.dataset_fn, self.bytes_per_token, self.max_steps)
+
+
+def write_evaluation(trainer: "Trainer", dataset_fn: DatasetFn, bytes_per_token: float, max_steps: int = 0):
+    """Evaluates now and writes the row. Returns the result."""
+    result = trainer.evaluate(dataset_fn, max_steps)
+    row = {
+        "kind": "eval",
+        "step": trainer.step,
+        "loss": result.loss,
+        "loss_hex": result.loss.hex(),
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+    }
+    if bytes_per_token:
+        row["bits_per_byte"] = result.bits_per_byte(bytes_per_token)
+    trainer.write(row)
+    return result
+
+
+class Checkpoint(Every):
+    """Saves into the trainer's workdir at its steps, at the end and when told to stop.
+
+    A disk that does not take a checkpoint is a warning while training goes on, and an error at the end.
+    """
+
+    def __init__(self, every_steps: int, keep_last: int = 3, keep_every_steps: int = 0):
+        super().__init__(every_steps)
+        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.saved_step = -1
+
+    def maybe(self, trainer: "Trainer", turn: Turn) -> None:
+        if not (turn.last or self.is_due(turn.step)) or turn.step == self.saved_step:
+            return
+        started_s = time.perf_counter()
+        try:
+            path = trainer.save()
+        except CheckpointError as error:
+            if turn.last:
+                raise
+            logging.warning("%s; training goes on, the last good checkpoint is kept", error)
+            trainer.write({"kind": "event", "name": "checkpoint_failed", "step": turn.step, "reason": str(error)})
+            return
+        self.saved_step = turn.step
+        policy.prune(path.parent, self.keep_last, self.keep_every_steps)
+        seconds = time.perf_counter() - started_s
+        trainer.write({"kind": "event", "name": "checkpoint", "step": turn.step, "seconds": seconds})
+
+
+class StopIfNotFinite:
+    """Ends the run after `max_skipped_steps` steps in a row whose loss or gradients were not finite.
+
+    Put it after `Checkpoint`-independent actions: it saves first, so that nothing is lost.
+    """
+
+    def __init__(self, max_skipped_steps: int = 20):
+        self.max_skipped_steps, self.in_a_row = max_skipped_steps, 0
+
+    def next_due(self, step: int) -> int | None:
+        return None
+
+    def maybe(self, trainer: "Trainer", turn: Turn) -> None:
+        for i, skipped in enumerate(turn.outputs["skipped"]):
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if self.in_a_row >= self.max_skipped_steps:
+                if trainer.workdir is not None:
+                    trainer.save()
+                raise NotFiniteError(
+                    f"the loss or the gradients were not finite for {self.in_a_row} steps in a row, up to step "
+                    f"{turn.first_step + i + 1}; no variable was changed by them. Lower the learning rate, or look at "
+                    "the data of these steps"
+                )

@@ -1,0 +1,140 @@
+"""Any Keras model, any `tf.data`, any loss, on any strategy."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tfdist import __version__
+from tfdist.checkpoint import store
+from tfdist.checkpoint.workdir import Workdir
+from tfdist.errors import CheckpointError, Stopped, UserError
+from tfdist.metrics.writers import JsonLines, Terminal, Writer
+from tfdist.strategies import support
+from tfdist.strategies.base import DatasetFn, Strategy
+from tfdist.train import evaluate, loop, step
+from tfdist.train.signals import StopRequest
+from tfdist.train.state import TrainState, load
+
+
+class Trainer:
+    """Trains `model` with the numbers of one device.
+
+    Args:
+        strategy: the model and the optimizer must have been made under its `scope()`.
+        loss: `loss(y_true, y_pred)` -> one value per element, [rows, ...], not reduced.
+        clip_norm: global norm of the reduced gradient; 0 turns it off.
+        accumulate_steps: micro-batches per optimizer step; each dataset element is split into that many blocks.
+        steps_per_loop: at most this many steps in one compiled loop.
+        seed: of dropout masks. Must stay the same over restarts.
+        jit_compile: "auto", "on" or "off": XLA for forward, backward and update inside each replica.
+        facts: entries for the manifest of every checkpoint that a restored one must equal (the command line puts the
+            hashes of its config and data here); `seed` is always among them.
+        writers: where rows go besides the workdir's metrics.jsonl; default: lines on the terminal.
+
+    Raises `UserError` (a `ValueError`) for combinations that the support table refuses.
+    """
+
+    def __init__(
+        self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: step.LossFn, *,
+        clip_norm: float = 0.0, accumulate_steps: int = 1, steps_per_loop: int = 20, seed: int = 0,
+        jit_compile: str = "auto", facts: Mapping[str, Any] | None = None, writers: Sequence[Writer] | None = None,
+    ):  # fmt: skip
+        support.check(strategy, model, optimizer, clip_norm)
+        if accumulate_steps < 1 or steps_per_loop < 1:
+            raise UserError(
+                f"expected accumulate_steps and steps_per_loop of at least 1, found {accumulate_steps}, {steps_per_loop}"
+            )
+        self.strategy, self.model, self.optimizer, self.loss = strategy, model, optimizer, loss
+        self.accumulate_steps, self.steps_per_loop, self.seed = accumulate_steps, steps_per_loop, seed
+        self.facts = {"seed": seed, **(facts or {})}
+        self.writers: list[Writer] = [Terminal()] if writers is None else list(writers)
+        self.workdir: Workdir | None = None
+        self.state = TrainState(strategy, model, optimizer)
+        self.jit_compile = support.jit_compile(jit_compile, model)
+        options = step.StepOptions(clip_norm, seed, self.jit_compile)
+        self.train_steps = strategy.make_steps(step.make_train_step(strategy, self.state, loss, options))
+        self.eval_steps = strategy.make_steps(evaluate.make_eval_step(strategy, model, loss, self.jit_compile))
+
+    @property
+    def step(self) -> int:
+        """Global batches consumed."""
+        return int(self.state.step)
+
+    def restore(self, workdir: str | Path) -> int:
+        """Takes the workdir for this process and loads its newest good checkpoint, if there is one. Returns the step.
+
+        Raises `WorkdirInUse`, or `CheckpointError` when there are checkpoints and none of them can be used.
+        """
+        self.workdir = Workdir(workdir)
+        self.workdir.lock()
+        found = store.latest(self.workdir.checkpoints)
+        if found is not None:
+            for name, value in self.facts.items():
+                if found.manifest.get(name) != value:
+                    raise UserError(
+                        f"{name}: expected {found.manifest.get(name)!r} (of {found.path}), found {value!r}; "
+                        "--fresh, or another workdir, starts anew"
+                    )
+            load(self.state.values(), found.arrays(), str(found.path))
+        self.writers.append(JsonLines(self.workdir.metrics))
+        self.write({"kind": "event", "name": "restore" if found else "start", "step": self.step, **versions()})
+        return self.step
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step. Raises `CheckpointError` when the disk does not take it."""
+        if self.workdir is None:
+            raise UserError("expected a workdir to save to, found none; call trainer.restore(workdir) first")
+        arrays = {key: np.asarray(variable.numpy()) for key, variable in self.state.values().items()}
+        return store.save(self.workdir.checkpoints, self.step, arrays, self.facts | {"versions": versions()})
+
+    def train(self, dataset_fn: DatasetFn, num_steps: int, actions: Sequence[loop.Action] = ()) -> int:
+        """Trains up to step `num_steps` (counted from the very first start) or the end of the input; returns the step.
+
+        SIGTERM and Ctrl-C save through the `Checkpoint` action and raise `Stopped` (exit code 143; 4 if that failed).
+        The handlers that were there before are put back.
+        """
+        with StopRequest().installed() as stop:
+            if self.step < num_steps:
+                iterator = self.strategy.distribute(
+                    dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step
+                )
+                try:
+                    loop.run(self, iterator, num_steps, actions, stop)
+                except CheckpointError as error:
+                    if not stop.requested:
+                        raise
+                    logging.error("%s", error)
+                    raise Stopped(error.exit_code) from error
+            if stop.requested:
+                self.write({"kind": "event", "name": "stop", "step": self.step})
+                raise Stopped
+        return self.step
+
+    def evaluate(self, dataset_fn: DatasetFn, max_steps: int = 0) -> evaluate.EvalResult:
+        """The weighted mean loss over a finite dataset, each element counted once; `max_steps` batches of it if not 0."""
+        return evaluate.run(self.eval_steps, self.strategy.distribute(dataset_fn), max_steps)
+
+    def close(self) -> None:
+        """Closes the writers; the workdir stays locked until the process ends."""
+        for writer in self.writers:
+            writer.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row of metrics to every writer."""
+        for writer in self.writers:
+            writer.write(row)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "tfdist": __version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "python": platform.python_version(),
+    }
