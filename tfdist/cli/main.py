@@ -1,8 +1,11 @@
 """Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands, not here: help and usage errors are instant."""
 
+import contextlib
 import difflib
 import os
+import re
 import sys
+import tempfile
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -110,13 +113,36 @@ def _run(command: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter
     logging.get_absl_handler().setFormatter(_Plain())
     try:
-        from tfdist.cli import commands
+        with _without_startup_chatter():
+            from tfdist.cli import commands
 
         getattr(commands, command)(flags.FLAGS)
     except errors.Failure as error:
         _fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped before there was anything to save", errors.STOPPED)
+
+
+@contextlib.contextmanager
+def _without_startup_chatter():
+    """Importing TensorFlow writes a dozen lines about the build straight to file descriptor 2, which no setting stops.
+
+    Anything else that is written meanwhile comes out afterwards.
+    """
+    sys.stderr.flush()
+    whole = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(whole, 2)
+            os.close(whole)
+            caught.seek(0)
+            for line in caught:
+                if not re.match(rb"[IWE]0000 |WARNING: All log messages before absl::InitializeLog", line):
+                    sys.stderr.write(line.decode(errors="replace"))
 
 
 class _Plain(logging.PythonFormatter):

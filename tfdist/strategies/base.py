@@ -58,7 +58,7 @@ class Strategy(Protocol):
         """Variables made inside live on every replica."""
 
     def distribute(self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0) -> Any:
-        """An endless iterator of `Batch`, one per replica and step; invalid ones follow the end of the input."""
+        """An endless iterator for `steps`; batches that are not valid follow the end of the input."""
 
     def make_steps(self, replica_step: ReplicaStep) -> Steps:
         """Compiles a loop of any length around one replica step."""

@@ -32,7 +32,7 @@ def unpack(element) -> tuple:
 
 
 def lay_out(dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, replicas: int) -> tf.data.Dataset:
-    """One `Batch` per replica and step, in replica order, then endless invalid batches.
+    """One `Batch` per step with a leading axis of the local replicas, then endless invalid ones.
 
     Micro-batch m is the m-th contiguous block of the rows, split over the replicas; rows that fill up the last places
     repeat the last real row with weight 0, so that a loss that is finite on the data stays finite.
@@ -80,7 +80,7 @@ def lay_out(dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, repl
             return tf.squeeze(split, 1)[None]
         return tf.transpose(split, [1, 0, *range(2, split.shape.rank)])
 
-    batches = dataset.map(split, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+    batches = dataset.map(split, num_parallel_calls=2, deterministic=True)
     return batches.concatenate(_endless_invalid(batches.element_spec))
 
 

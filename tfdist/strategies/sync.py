@@ -44,22 +44,26 @@ class Synchronous:
             logging.info("dataset_fn does not use start_step: reading and dropping the first %d batches", start_step)
             dataset = dataset.skip(start_step)
         num_rows = layout.rows_of(dataset)
-        laid_out = layout.lay_out(dataset, num_rows, accumulate_steps, self.local_replicas()).prefetch(2)
-        return iter(self.tf_strategy.distribute_datasets_from_function(lambda _: laid_out))
+        laid_out = layout.lay_out(dataset, num_rows, accumulate_steps, self.local_replicas())
+        laid_out = laid_out.prefetch(2).with_options(_without_autotune())
+        # not TensorFlow's distributed iterator: on CPU devices it makes every step wait for its threads (half of an
+        # evaluation step on two replicas); here each replica takes its slice of one element
+        return iter(laid_out)
 
     def make_steps(self, replica_step: ReplicaStep) -> Steps:
         names: list[str] = []  # filled while the loop is traced
 
-        def on_replica(batch):
-            return replica_step(batch, _local_replica(self.tf_strategy))
+        def on_replica(batches):
+            replica = _local_replica(self.tf_strategy)
+            return replica_step(tf.nest.map_structure(lambda t: t[replica], batches), replica)
 
         def one_step(iterator):
             asked_s = tf.timestamp()
             with tf.control_dependencies([asked_s]):
-                batch = next(iterator)
-            with tf.control_dependencies(tf.nest.flatten(self.tf_strategy.experimental_local_results(batch))):
+                batches = next(iterator)
+            with tf.control_dependencies(tf.nest.flatten(batches)):
                 data_wait_s = tf.timestamp() - asked_s
-            outputs = self.tf_strategy.run(on_replica, args=(batch,))
+            outputs = self.tf_strategy.run(on_replica, args=(batches,))
             outputs = {name: self.tf_strategy.experimental_local_results(v)[0] for name, v in outputs.items()}
             outputs["data_wait_s"] = data_wait_s
             valid = tf.cast(outputs.pop("valid"), tf.bool)
@@ -77,7 +81,8 @@ class Synchronous:
                 return done + tf.cast(valid, tf.int32), tf.logical_not(valid), table
 
             table = tf.TensorArray(tf.float64, size=0, dynamic_size=True, clear_after_read=False)
-            done, _, table = tf.while_loop(more, body, (0, False, table))
+            # one step at a time, or the clock of data_wait_s would start while the step before still runs
+            done, _, table = tf.while_loop(more, body, (0, False, table), parallel_iterations=1)
             return done, table.stack()
 
         def steps(iterator, n: int) -> tuple[dict[str, np.ndarray], int]:
@@ -111,6 +116,13 @@ class Mirrored(Synchronous):
 
     def __init__(self, num_devices: int = 0):
         super().__init__(tf.distribute.MirroredStrategy(devices.mirrored_devices(num_devices)))
+
+
+def _without_autotune() -> tf.data.Options:
+    """Destroying an iterator waits for its autotune thread, which sleeps up to a minute: every exit would."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
 
 
 def _local_replica(tf_strategy) -> int:

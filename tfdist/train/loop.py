@@ -45,7 +45,7 @@ def next_stop(step: int, num_steps: int, steps_per_loop: int, actions: Sequence[
 
 def run(trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Action], stop: StopRequest) -> int:
     """Trains up to step `num_steps`, the end of the input, or a stop. Returns the step reached."""
-    first = step = int(trainer.state.step)  # the one host sync per turn
+    first = step = trainer.step  # the one host sync per turn
     last = step >= num_steps
     while not last:
         steps_per_loop = trainer.steps_per_loop if step > first else 1  # the first turn compiles: time it by itself
@@ -64,6 +64,6 @@ def run(trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Act
 
 def advance(state: TrainState, step: int, done: int) -> int:
     """The step after `done` more, checked against the variable that the devices counted."""
-    counted = int(state.step)
+    counted = int(state.step.numpy())
     assert counted == step + done, f"the loop did {done} steps from {step}, but the step variable says {counted}"
     return counted

@@ -64,7 +64,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Global batches consumed."""
-        return int(self.state.step)
+        return int(self.state.step.numpy())
 
     def restore(self, workdir: str | Path) -> int:
         """Takes the workdir for this process and loads its newest good checkpoint, if there is one. Returns the step.
