@@ -115,7 +115,7 @@ def build(
 
 
 def read(path: Path) -> TokenDataset:
-    """Opens a built dataset; checks that every shard is there and as long as the index says."""
+    """Opens a built dataset; checks that every shard is there, as long as the index says, and within the vocabulary."""
     try:
         index = json.loads((path / _INDEX).read_text())
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def read(path: Path) -> TokenDataset:
         raise DataError(f"data: expected format {_FORMAT} in {path / _INDEX}, found {index.get('format')!r}")
     splits = {
         name: Split(
-            tuple(_open_shard(path / shard["file"], shard["tokens"]) for shard in split["shards"]),
+            tuple(_open_shard(path / s["file"], s["tokens"], index["vocab_size"]) for s in split["shards"]),
             tokens=sum(shard["tokens"] for shard in split["shards"]),
             documents=split["documents"],
             text_bytes=split["text_bytes"],
@@ -136,7 +136,7 @@ def read(path: Path) -> TokenDataset:
     return TokenDataset(path, index["data_hash"], index["tokenizer"], index["vocab_size"], splits)
 
 
-def _open_shard(path: Path, tokens: int) -> Shard:
+def _open_shard(path: Path, tokens: int, vocab_size: int) -> Shard:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -145,6 +145,8 @@ def _open_shard(path: Path, tokens: int) -> Shard:
         raise DataError(
             f"data: expected {tokens} tokens of uint16 or uint32 in {path}, found {array.dtype} {list(array.shape)}"
         )
+    if tokens and array.max() >= vocab_size:
+        raise DataError(f"data: expected token ids below its vocabulary of {vocab_size}, found {array.max()} in {path}")
     return Shard(path, tokens, header_bytes=path.stat().st_size - array.nbytes, dtype=array.dtype.name)
 
 

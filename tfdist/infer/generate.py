@@ -59,7 +59,7 @@ def generate(
 def _generate(model, prompt, num_tokens: int, sampling: Sampling, allowed) -> tf.Tensor:
     prompt_length = prompt.shape[1]
 
-    @tf.function
+    @tf.function(autograph=False)
     def loop():
         logits, caches = model.decode(prompt, model.empty_cache(1, prompt_length + num_tokens), 0)
         token = pick(logits[0, -1], sampling, prompt_length, allowed)

@@ -80,6 +80,7 @@ def lay_out(dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, repl
             return tf.squeeze(split, 1)[None]
         return tf.transpose(split, [1, 0, *range(2, split.shape.rank)])
 
+    unpack(dataset.element_spec)  # complains here, not from inside the graph
     batches = dataset.map(split, num_parallel_calls=2, deterministic=True)
     return batches.concatenate(_endless_invalid(batches.element_spec))
 

@@ -70,7 +70,7 @@ class Synchronous:
             names[:] = list(outputs)
             return valid, tf.stack([tf.cast(value, tf.float64) for value in outputs.values()])
 
-        @tf.function
+        @tf.function(autograph=False)
         def loop(iterator, n):
             def more(done, ended, _):
                 return tf.logical_and(done < n, tf.logical_not(ended))

@@ -77,7 +77,7 @@ class Evaluate(Every):
         self.dataset_fn, self.bytes_per_token, self.max_steps = dataset_fn, bytes_per_token, max_steps
 
     def maybe(self, trainer: "Trainer", turn: Turn) -> None:
-        if self.is_due(turn.step) and not turn.last:
+        if self.is_due(turn.step) and turn.step < turn.num_steps and not turn.last:
             write_evaluation(trainer, self.dataset_fn, self.bytes_per_token, self.max_steps)
 
 
@@ -130,7 +130,7 @@ class Checkpoint(Every):
 class StopIfNotFinite:
     """Ends the run after `max_skipped_steps` steps in a row whose loss or gradients were not finite.
 
-    Put it after `Checkpoint`-independent actions: it saves first, so that nothing is lost.
+    It saves first, so that nothing is lost.
     """
 
     def __init__(self, max_skipped_steps: int = 20):
@@ -140,7 +140,7 @@ class StopIfNotFinite:
         return None
 
     def maybe(self, trainer: "Trainer", turn: Turn) -> None:
-        for i, skipped in enumerate(turn.outputs["skipped"]):
+        for i, skipped in enumerate(turn.outputs.get("skipped", ())):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row >= self.max_skipped_steps:
                 if trainer.workdir is not None:

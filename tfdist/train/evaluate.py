@@ -39,7 +39,7 @@ def make_eval_step(strategy: Strategy, model: keras.Model, loss_fn: LossFn, jit_
                 sums = weighted_loss(loss_fn, y, model(x, training=False), weight)
                 return tf.stack([*sums, tf.cast(batch.valid, sums[0].dtype)])
 
-        local = tf.function(local_sums, jit_compile=True) if jit_compile else local_sums
+        local = tf.function(local_sums, jit_compile=True, autograph=False) if jit_compile else local_sums
 
         def eval_step(batch: Batch) -> dict[str, tf.Tensor]:
             sums = tf.distribute.get_replica_context().all_reduce("SUM", local(batch))

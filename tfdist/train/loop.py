@@ -23,8 +23,7 @@ class Turn:
     num_steps: int  # where the run ends
     outputs: dict[str, np.ndarray]  # per-step scalars, [step - first_step]
     seconds: float
-    compiled: bool  # this turn also traced and compiled: its time says nothing
-    last: bool  # nothing follows: the end of the run, of the input, or a stop
+    last: bool = False  # the empty turn that closes a run: its end, that of the input, or a stop
 
 
 class Action(Protocol):
@@ -46,19 +45,20 @@ def next_stop(step: int, num_steps: int, steps_per_loop: int, actions: Sequence[
 def run(trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Action], stop: StopRequest) -> int:
     """Trains up to step `num_steps`, the end of the input, or a stop. Returns the step reached."""
     first = step = trainer.step  # the one host sync per turn
-    last = step >= num_steps
-    while not last:
+    ended, outputs = False, {}
+    while step < num_steps and not ended and not stop.requested:
         steps_per_loop = trainer.steps_per_loop if step > first else 1  # the first turn compiles: time it by itself
         n = next_stop(step, num_steps, steps_per_loop, actions) - step
         started_s = time.perf_counter()
         outputs, done = trainer.train_steps(iterator, n)
-        seconds = time.perf_counter() - started_s
-        before, step = step, advance(trainer.state, step, done)
-        last = done < n or step == num_steps or stop.requested
-        turn = Turn(before, step, num_steps, outputs, seconds, compiled=before == first, last=last)
+        turn = Turn(step, step + done, num_steps, outputs, time.perf_counter() - started_s)
+        step, ended = advance(trainer.state, step, done), done < n
         for action in actions:
             action.maybe(trainer, turn)
-        last = last or stop.requested
+    # a stop can come at any time, also while an action runs: saving at the end does not depend on when
+    closing = Turn(step, step, num_steps, {name: values[:0] for name, values in outputs.items()}, 0.0, last=True)
+    for action in actions:
+        action.maybe(trainer, closing)
     return step
 
 

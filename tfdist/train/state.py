@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from tfdist.checkpoint import keys
-from tfdist.errors import CheckpointError
+from tfdist.errors import CheckpointError, UserError
 from tfdist.strategies.base import Strategy
 
 MODEL = "model/"
@@ -17,6 +17,13 @@ class TrainState:
 
     def __init__(self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer):
         self.model, self.optimizer = model, optimizer
+        created_here = strategy.tf_strategy.extended.variable_created_in_scope
+        strange = [v.path for v in [*model.variables, *optimizer.variables] if not created_here(v.value)]
+        if strange:
+            raise UserError(
+                f"expected a model and an optimizer made under its scope (`with strategy.scope():`), found {strange[0]} "
+                f"and {len(strange) - 1} more made outside"
+            )
         with strategy.scope():
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)

@@ -33,7 +33,7 @@ def make_train_step(strategy: Strategy, state: TrainState, loss_fn: LossFn, opti
                 with patches.component_variables(strategy.tf_strategy, state.variables, replica):
                     return fn(*args)
 
-            return tf.function(bound, jit_compile=True) if options.jit_compile else bound
+            return tf.function(bound, jit_compile=True, autograph=False) if options.jit_compile else bound
 
         @on_components
         def local_sums(batch: Batch):

@@ -1,0 +1,97 @@
+"""The house rules, read from the source: which way imports point, where TensorFlow and the environment may be used."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "tfdist"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# from the top of the house down: a room imports only from rooms below it (or itself)
+FLOORS = [
+    {"cli"}, {"verify", "doctor"}, {"launch", "fit", "infer"}, {"train"}, {"checkpoint", "metrics", "optim", "data", "models"},
+    {"strategies"}, {"cluster", "patches"}, {"config", "errors", "__init__"},
+]  # fmt: skip
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+WITHOUT_TENSORFLOW = ["__init__.py", "config.py", "errors.py", "models/count.py", "cli/main.py", "cluster/", "launch/",
+                      "checkpoint/", "metrics/writers.py", "metrics/report.py", "data/corpus.py", "data/shards.py",
+                      "data/tokenizer.py"]  # fmt: skip
+ENVIRONMENT_ALLOWED = ("cli/", "cluster/resolve.py", "launch/")
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    """Dotted names of everything imported."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    mine = room(path)
+    for name in imports(path):
+        if not name.startswith("tfdist."):
+            continue
+        other = name.split(".")[1]
+        other = other if other in FLOOR else "__init__"
+        same_floor = FLOOR[other] == FLOOR[mine]
+        allowed = other == mine or FLOOR[other] > FLOOR[mine] or same_floor
+        assert allowed, f"{path.relative_to(ROOT)} imports {name}: {mine} may not import {other}"
+        if mine in ("models", "optim"):
+            assert other != "strategies", f"{path.relative_to(ROOT)} imports {name}"
+        if mine == "launch":
+            assert other in ("launch", "cluster", "config", "errors", "__init__"), name
+
+
+@pytest.mark.parametrize("part", WITHOUT_TENSORFLOW)
+def test_rooms_without_tensorflow(part):
+    paths = [p for p in FILES if str(p.relative_to(ROOT)).startswith(part)]
+    for path in paths:
+        heavy = [n for n in imports(path, top_level_only=True) if n.split(".")[0] == "tensorflow"]
+        if part != "checkpoint/":  # names Keras types only
+            heavy += [n for n in imports(path, top_level_only=True) if n.split(".")[0] == "keras"]
+        assert not heavy, f"{path.relative_to(ROOT)} imports {heavy}"
+
+
+def test_environment_is_read_in_three_places_only():
+    for path in FILES:
+        if str(path.relative_to(ROOT)).startswith(ENVIRONMENT_ALLOWED):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            used = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv")
+            assert not used, f"{path.relative_to(ROOT)}:{node.lineno} reads the environment"
+
+
+def test_private_names_of_keras_and_tensorflow_stay_in_patches():
+    for path in FILES:
+        if path.name == "patches.py":
+            continue
+        private = [n for n in imports(path) if n.startswith(("keras.src", "tensorflow.python"))]
+        assert not private, f"{path.relative_to(ROOT)} imports {private}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                assert own, f"{path.relative_to(ROOT)}:{node.lineno}: .{node.attr} is private"
+
+
+def test_no_drawer_for_everything():
+    assert not [p for p in FILES if p.stem in ("utils", "common", "helpers", "misc")]
+
+
+def test_the_loop_stays_small():
+    text = (ROOT / "train" / "loop.py").read_text()
+    assert len(text.splitlines()) < 150
+    whiles = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.While)]
+    assert len(whiles) == 1 and "strategy is" not in text and "isinstance" not in text

@@ -1,0 +1,168 @@
+import json
+import os
+import resource
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tfdist.checkpoint import keys, policy, store
+from tfdist.errors import CheckpointError
+
+ARRAYS = {
+    "model/a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "model/b": np.array([1.5, -2.0], ml_dtypes.bfloat16),
+    "step": np.array(7, np.int64),
+    "empty": np.zeros([0, 3], np.float64),
+}
+
+
+def assert_same(found, expected=ARRAYS):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype
+        np.testing.assert_array_equal(found[key], value)
+
+
+def test_round_trip_with_facts(tmp_path):
+    path = store.save(tmp_path, 7, ARRAYS, {"seed": 3})
+    assert path.name == "step-00000007"
+    found = store.latest(tmp_path)
+    assert (found.step, found.manifest["seed"]) == (7, 3)
+    assert_same(found.arrays())
+    entry = found.manifest["arrays"]["model/a"]
+    assert entry["shape"] == [2, 3] and len(entry["slices"]) == 1
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert store.latest(tmp_path) is None and store.latest(tmp_path / "missing") is None
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped byte": (lambda p: flip_a_byte(p / "values-00000.bin"), "SHA-256 does not match"),
+    "a cut file": (lambda p: os.truncate(p / "values-00000.bin", 5), "bytes, found 5"),
+    "a missing file": (lambda p: (p / "values-00000.bin").unlink(), "No such file"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json: missing"),
+    "half a manifest": (lambda p: os.truncate(p / "manifest.json", 40), "not a manifest"),
+    "a future format": (lambda p: (p / "manifest.json").write_text('{"format": 9, "files": {}, "step": 1}'), "format"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(tmp_path, damage, caplog):
+    store.save(tmp_path, 5, ARRAYS, {})
+    newest = store.save(tmp_path, 9, ARRAYS, {})
+    do, reason = DAMAGE[damage]
+    do(newest)
+    with caplog.at_level("WARNING", logger="absl"):
+        assert store.latest(tmp_path).step == 5
+    assert "step-00000009" in caplog.text and reason in caplog.text
+
+
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
+    flip_a_byte(store.save(tmp_path, 5, ARRAYS, {}) / "values-00000.bin")
+    with pytest.raises(CheckpointError, match="expected a usable checkpoint") as error:
+        store.latest(tmp_path)
+    assert error.value.exit_code == 4
+
+
+def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
+    (tmp_path / "step-00000009.tmp-abc").mkdir()
+    store.save(tmp_path, 5, ARRAYS, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_a_disk_that_does_not_take_it_leaves_the_last_good_one(tmp_path):
+    store.save(tmp_path, 5, ARRAYS, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            store.save(tmp_path, 9, ARRAYS | {"big": np.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    assert_same(store.latest(tmp_path).arrays())
+
+
+def test_slices_are_put_together(tmp_path):
+    """The manifest of a sharded save that does not exist yet: two slices of one array."""
+    path = store.save(tmp_path, 1, {"a": np.arange(8.0).reshape(4, 2)}, {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["arrays"]["a"]["slices"] = [
+        {"offset": [2, 0], "shape": [2, 2], "file": "values-00000.bin", "byte_offset": 32},
+        {"offset": [0, 0], "shape": [2, 2], "file": "values-00000.bin", "byte_offset": 0},
+    ]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    np.testing.assert_array_equal(store.latest(tmp_path).arrays()["a"], np.arange(8.0).reshape(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "every", "deleted"),
+    [
+        ([1, 2, 3], 3, 0, []),
+        ([10, 30, 20, 40], 2, 0, [10, 20]),
+        ([10, 20, 30, 40, 50], 1, 20, [10, 30]),
+        ([], 3, 0, []),
+    ],
+)
+def test_which_checkpoints_are_deleted(steps, last, every, deleted):
+    assert policy.to_delete(steps, last, every) == deleted
+
+
+# ---- keys ----
+
+
+def functional():
+    inputs = keras.Input((4,))
+    inner = keras.Sequential([keras.layers.Dense(2), keras.layers.Dense(2)])
+    return keras.Model(inputs, inner(keras.layers.BatchNormalization()(keras.layers.Dense(3)(inputs))))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self._hidden = [keras.layers.Dense(2), keras.layers.Dense(2)]
+        self.by_name = {"rnn": keras.layers.Bidirectional(keras.layers.GRU(3))}
+        self.first = self.add_weight(shape=(2,), name="w")
+        self.second = self.add_weight(shape=(2,), name="w")
+        self.build((None, 5, 4))
+
+    def build(self, shape):
+        self._hidden[0].build(shape)
+        self._hidden[1].build((None, 5, 2))
+        self.by_name["rnn"].build((None, 5, 2))
+        self.built = True
+
+
+@pytest.mark.parametrize("make", [functional, Subclassed])
+def test_model_keys_are_complete_unique_and_the_same_for_a_second_build(make):
+    model, again = make(), make()
+    found = keys.model_keys(model)
+    assert {id(v) for v in found.values()} == {id(v) for v in model.weights}
+    assert list(found) == list(keys.model_keys(again))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.AdamW, keras.optimizers.Adafactor, keras.optimizers.Lion,
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True),
+    ],
+)  # fmt: skip
+def test_optimizer_keys_follow_the_model(optimizer):
+    model, opt = functional(), optimizer()
+    opt.build(model.trainable_variables)
+    found = keys.optimizer_keys(opt, model)
+    assert {id(v) for v in found.values()} == {id(v) for v in opt.variables}
+    slots = [key for key in found if "/" in key]
+    assert slots and not any(key.startswith("variables/") for key in slots)
+    names = set(keys.model_keys(model))
+    assert all(key.partition("/")[2] in names for key in slots)

@@ -1,0 +1,153 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist.config import ModelConfig
+from tfdist.models import count
+from tfdist.models.dropout import Dropout, SamplePosition, sample_position, uniform_rows
+from tfdist.models.transformer import TransformerLM, next_token_loss
+
+LENGTH = 8
+
+
+def config(**values) -> ModelConfig:
+    return ModelConfig(**(dict(vocab_size=13, num_layers=2, num_heads=2, model_dim=8) | values))
+
+
+VARIANTS = [
+    dict(zip(("positions", "norm", "activation", "num_kv_heads", "use_bias", "tie_embeddings"), values, strict=True))
+    for values in itertools.product(
+        ("learned", "rotary"), ("layer", "rms"), ("gelu", "swiglu"), (0, 1), (True,), (True, False)
+    )
+][::3] + [{"use_bias": False, "mlp_dim": 12}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_count_without_tensorflow_is_that_of_the_built_model(variant):
+    model = TransformerLM(config(**variant), LENGTH)
+    assert model.count_params() == count.num_parameters(config(**variant), LENGTH)
+    assert model(tf.zeros([3, LENGTH], tf.int32)).shape == (3, LENGTH, 13)
+
+
+def test_flops_follow_the_formula():
+    values = config(tie_embeddings=False)
+    n = count.num_parameters(values, LENGTH) - LENGTH * 8 - 13 * 8  # no product: position table, input embedding
+    assert count.flops_per_token(values, LENGTH) == 6 * n + 12 * 2 * 8 * LENGTH
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_token_sees_no_later_one(positions):
+    model = TransformerLM(config(positions=positions, num_kv_heads=1), LENGTH)
+    tokens = np.arange(LENGTH)[None] % 13
+    changed = tokens.copy()
+    changed[0, 5:] = 0
+    a, b = model(tokens).numpy(), model(changed).numpy()
+    np.testing.assert_allclose(a[:, :5], b[:, :5], atol=1e-6)
+    assert np.abs(a[:, 5:] - b[:, 5:]).max() > 1e-4
+
+
+def test_attention_is_the_textbook_formula():
+    model = TransformerLM(config(num_layers=1, dtype="float64", num_kv_heads=1, num_heads=4), LENGTH)
+    attention = model.blocks[0].attention
+    x = np.random.default_rng(0).normal(size=(2, LENGTH, 8))
+    weights = {name: getattr(attention, name).get_weights() for name in ("query", "key", "value", "output_projection")}
+    q, k, v = (x @ weights[n][0] + weights[n][1] for n in ("query", "key", "value"))
+    out = np.zeros_like(x)
+    for head in range(4):
+        scores = q[..., head * 2 : head * 2 + 2] @ k.transpose(0, 2, 1) / np.sqrt(2)
+        scores[:, np.triu_indices(LENGTH, 1)[0], np.triu_indices(LENGTH, 1)[1]] = -np.inf
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        out[..., head * 2 : head * 2 + 2] = p / p.sum(-1, keepdims=True) @ v
+    expected = out @ weights["output_projection"][0] + weights["output_projection"][1]
+    np.testing.assert_allclose(attention(x)[0].numpy(), expected, atol=1e-12)
+
+
+def test_too_many_tokens_are_refused():
+    with pytest.raises(ValueError, match="expected at most 8 tokens a row, found 9"):
+        TransformerLM(config(), LENGTH)(tf.zeros([1, 9], tf.int32))
+
+
+def test_saves_and_loads_as_keras(tmp_path):
+    model = TransformerLM(config(dropout=0.1, tie_embeddings=False), LENGTH)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    tokens = np.arange(LENGTH)[None]
+    np.testing.assert_array_equal(model(tokens), loaded(tokens))
+
+
+def test_mixed_bfloat16_keeps_float32_weights_and_a_close_loss():
+    keras.utils.set_random_seed(0)
+    full = TransformerLM(config(), LENGTH)
+    keras.utils.set_random_seed(0)
+    mixed = TransformerLM(config(dtype="mixed_bfloat16"), LENGTH)
+    tokens = np.arange(LENGTH)[None]
+    assert mixed(tokens).dtype == tf.bfloat16 and {v.dtype for v in mixed.weights} == {"float32"}
+    losses = [next_token_loss(tokens, model(tokens)) for model in (full, mixed)]
+    assert losses[1].dtype == tf.float32
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+
+
+def test_recompute_gives_the_same_gradients_and_computes_again():
+    keras.utils.set_random_seed(0)
+    model = TransformerLM(config(dropout=0.3), LENGTH)
+    tokens = tf.constant(np.arange(2 * LENGTH).reshape(2, -1) % 13)
+
+    def gradients():
+        @tf.function(jit_compile=True)
+        def fn():
+            with tf.GradientTape() as tape, sample_position(SamplePosition(0, tf.constant(3), tf.constant(0))):
+                loss = tf.reduce_sum(next_token_loss(tokens, model(tokens, training=True)))
+            grads = tape.gradient(loss, [v.value for v in model.trainable_variables])
+            return [tf.convert_to_tensor(g) for g in grads]
+
+        products = fn.experimental_get_compiler_ir()(stage="optimized_hlo").count(" dot(")
+        return fn(), products
+
+    kept, products_kept = gradients()
+    model.config.recompute = True
+    again, products_again = gradients()
+    for a, b in zip(kept, again, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert products_again > products_kept, "XLA must not merge the second computation with the first"
+
+
+# ---- dropout ----
+
+
+def position(step=0, first_row=0, seed=0):
+    return SamplePosition(seed, tf.constant(step), tf.constant(first_row))
+
+
+@pytest.mark.parametrize("row_size", [1, 4, 7])
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_masks_depend_on_the_global_row_alone(row_size, jit_compile):
+    draw = tf.function(
+        lambda first, rows: uniform_rows(position(5, first), "layer", (rows, row_size)), jit_compile=jit_compile
+    )
+    whole = uniform_rows(position(5), "layer", (8, row_size)).numpy()
+    parts = np.concatenate([draw(first, 2).numpy() for first in (0, 2, 4, 6)])
+    np.testing.assert_array_equal(parts, whole)
+
+
+def test_masks_differ_by_step_layer_seed_and_row():
+    base = uniform_rows(position(), "a", (4, 50)).numpy()
+    others = [
+        uniform_rows(position(step=1), "a", (4, 50)).numpy(),
+        uniform_rows(position(), "b", (4, 50)).numpy(),
+        uniform_rows(position(seed=1), "a", (4, 50)).numpy(),
+    ]
+    assert all((base != other).mean() > 0.99 for other in others)
+    assert len({row.tobytes() for row in base}) == 4
+
+
+def test_dropout_keeps_the_mean_and_is_off_outside_training():
+    layer, x = Dropout(0.25, "a"), tf.ones([64, 64])
+    with sample_position(position()):
+        dropped = layer(x, training=True).numpy()
+    assert abs((dropped == 0).mean() - 0.25) < 0.03
+    np.testing.assert_allclose(dropped[dropped > 0], 1 / 0.75)
+    np.testing.assert_array_equal(layer(x, training=False), x)
+    assert (layer(x, training=True).numpy() == 0).any(), "outside a position it falls back to Keras' own dropout"

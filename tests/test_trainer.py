@@ -1,0 +1,365 @@
+"""The trainer on one device: the NumPy formula, resuming, signals, refusals. Other strategies: test_equality.py."""
+
+import math
+import os
+import resource
+import signal
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tfdist.checkpoint import store
+from tfdist.config import ModelConfig
+from tfdist.errors import CheckpointError, NotFiniteError, Stopped, UserError
+from tfdist.metrics.writers import read_rows
+from tfdist.models.transformer import TransformerLM, next_token_loss
+from tfdist.train.loop import Turn, next_stop
+
+LENGTH = 8
+
+
+class Rows(list):
+    """A writer that keeps its rows."""
+
+    write = list.append
+
+    def close(self):
+        """Nothing to close."""
+
+
+@pytest.fixture(scope="module")
+def strategy():
+    strategy = tfdist.OneDevice()
+    with strategy.scope():  # every model and optimizer of this module is made in it
+        yield strategy
+
+
+def linear():
+    return keras.Sequential([keras.Input((3,), dtype="float64"), keras.layers.Dense(1, dtype="float64")])
+
+
+def squared(y, predicted):
+    return tf.square(predicted[:, 0] - y)
+
+
+def regression(rows=8, steps=50):
+    rng = np.random.default_rng(0)
+    weight = rng.choice([0.0, 1.0, 2.5], size=(steps, rows))
+    return rng.normal(size=(steps, rows, 3)), rng.normal(size=(steps, rows)), weight
+
+
+def batches(*arrays):
+    return lambda context: tf.data.Dataset.from_tensor_slices(arrays).skip(context.start_step)
+
+
+def make(strategy, model=None, optimizer=None, loss=squared, **options):
+    options = {"jit_compile": "off", "writers": [Rows()]} | options
+    return tfdist.Trainer(strategy, model or linear(), optimizer or keras.optimizers.SGD(0.1), loss, **options)
+
+
+def train(trainer, dataset_fn, num_steps, *actions):
+    trainer.train(dataset_fn, num_steps, [tfdist.actions.Log(), *actions])
+    return [row for row in trainer.writers[0] if row["kind"] == "train"]
+
+
+# ---- the numbers ----
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 4])
+def test_adamw_with_clipping_decay_and_weights_is_the_numpy_formula(strategy, accumulate_steps):
+    x, y, weight = regression()
+    model = linear()
+    values = [model.trainable_variables[0].numpy()[:, 0], model.trainable_variables[1].numpy()]
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, beta_1=0.9, beta_2=0.95, epsilon=1e-8)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    trainer = make(strategy, model, optimizer, clip_norm=0.5, accumulate_steps=accumulate_steps)
+    rows = train(trainer, batches(x, y, weight), 10)
+
+    first, second = [np.zeros(3), np.zeros(1)], [np.zeros(3), np.zeros(1)]
+    for t in range(10):
+        error = x[t] @ values[0] + values[1] - y[t]
+        total = weight[t].sum()
+        gradients = [2 * (error * weight[t]) @ x[t] / total, np.array([2 * error @ weight[t] / total])]
+        norm = math.sqrt(sum((g**2).sum() for g in gradients))
+        np.testing.assert_allclose(rows[t]["loss"], (error**2 * weight[t]).sum() / total, rtol=1e-6)
+        np.testing.assert_allclose(rows[t]["grad_norm"], norm, rtol=1e-6)
+        assert rows[t]["tokens"] == (weight[t] > 0).sum()
+        values[0] = values[0] * (1 - 0.01 * 0.1)  # decoupled decay, not on the bias
+        for i, g in enumerate(gradients):
+            g = g * 0.5 / max(norm, 0.5)
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.95 * second[i] + 0.05 * g * g
+            rate = 0.01 * math.sqrt(1 - 0.95 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+            values[i] = values[i] - rate * first[i] / (np.sqrt(second[i]) + 1e-8)
+    np.testing.assert_allclose(model.trainable_variables[0].numpy()[:, 0], values[0], rtol=1e-6)
+    np.testing.assert_allclose(model.trainable_variables[1].numpy(), values[1], rtol=1e-6)
+    assert int(optimizer.iterations.numpy()) == 10
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 7, 100])
+def test_steps_per_loop_changes_nothing(strategy, steps_per_loop):
+    keras.utils.set_random_seed(0)
+    trainer = make(strategy, steps_per_loop=steps_per_loop)
+    losses = [row["loss_hex"] for row in train(trainer, batches(*regression()), 20)]
+    keras.utils.set_random_seed(0)
+    assert losses == [row["loss_hex"] for row in train(make(strategy), batches(*regression()), 20)]
+
+
+def test_one_trace_per_shape(strategy):
+    traces = []
+
+    def loss(y, predicted):
+        traces.append(1)
+        return squared(y, predicted)
+
+    x, y, weight = regression(steps=9)
+    trainer = make(strategy, loss=loss, steps_per_loop=3)
+
+    def uneven(context):
+        data = tf.data.Dataset.from_tensor_slices((x.reshape(-1, 3), y.reshape(-1), weight.reshape(-1)))
+        return data.batch(7).skip(context.start_step)  # the last batch has 2 rows
+
+    train(trainer, uneven, 100)
+    assert trainer.step == 11, "the end of the input ends the run"
+    assert len(traces) == 1
+
+
+def test_evaluation_is_exact_whatever_the_batch_size(strategy):
+    x, y, weight = (a.reshape(-1, *a.shape[2:]) for a in regression())
+    trainer = make(strategy)
+    kernel, bias = (v.numpy() for v in trainer.model.trainable_variables)
+    expected = ((x @ kernel[:, 0] + bias - y) ** 2 * weight).sum() / weight.sum()
+    for size in (1, 7, 400, 1000):
+        data = tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(size)
+        result = trainer.evaluate(lambda _, data=data: data)
+        assert math.isclose(result.loss, expected, rel_tol=1e-12)
+        assert result.tokens == (weight > 0).sum() and math.isclose(result.weight, weight.sum())
+
+
+def test_variables_without_a_gradient_are_left_alone(strategy):
+    inputs = keras.Input((3,), dtype="float64")
+    used, unused = keras.layers.Dense(1, dtype="float64"), keras.layers.Dense(1, dtype="float64")
+    model = keras.Model(inputs, [used(inputs), unused(inputs)])
+    before = unused.get_weights()
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    trainer = make(strategy, model, optimizer, loss=lambda y, p: squared(y, p[0]), accumulate_steps=2)
+    train(trainer, batches(*regression()), 3)
+    np.testing.assert_array_equal(unused.get_weights()[0], before[0])
+
+
+def test_stock_dropout_differs_between_steps_and_is_the_same_again(strategy):
+    """Seeds of stock layers are a function of the step: a run that is resumed draws what it would have drawn."""
+    whole = run_with_dense(strategy, 0, 6)
+    assert len(set(whole)) == 6
+    assert run_with_dense(strategy, 3, 6) == whole[3:]
+
+
+def run_with_dense(strategy, start, stop):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+    trainer = make(strategy, model, keras.optimizers.SGD(0.0), loss=lambda y, p: tf.square(p[:, 0] - y))
+    trainer.state.step.assign(start)
+    data = tf.data.Dataset.from_tensors((tf.ones([4, 64]), tf.ones([4]))).repeat(10)
+    return [row["loss"] for row in train(trainer, lambda context: data.skip(context.start_step), stop)]
+
+
+# ---- stopping and resuming ----
+
+
+class SignalAt:
+    """Sends this process a signal at a step, as an operator would."""
+
+    def __init__(self, step, number):
+        self.step, self.number = step, number
+
+    def next_due(self, step):
+        return self.step if step < self.step else None
+
+    def maybe(self, trainer, turn: Turn):
+        if turn.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def language_model(strategy, steps_per_loop=4):
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        config = ModelConfig(vocab_size=13, num_layers=1, num_heads=2, model_dim=8, dropout=0.2)
+        model = TransformerLM(config, LENGTH)
+        schedule = keras.optimizers.schedules.CosineDecay(0.0, 20, warmup_target=1e-2, warmup_steps=5)
+        optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.1)
+    return make(
+        strategy, model, optimizer, next_token_loss, accumulate_steps=2, clip_norm=1.0, steps_per_loop=steps_per_loop
+    )
+
+
+def shuffled_tokens(context):
+    """Ignores `start_step` on purpose: the trainer has to skip."""
+    ids = np.random.default_rng(0).integers(0, 13, (120, LENGTH + 1)).astype(np.int32)
+    data = tf.data.Dataset.from_tensor_slices((ids[:, :-1], ids[:, 1:])).shuffle(120, seed=5)
+    return data.repeat().batch(6, drop_remainder=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(strategy):
+    return [row["loss_hex"] for row in train(language_model(strategy), shuffled_tokens, 20)]
+
+
+@pytest.mark.parametrize(("stop_at", "number"), [(7, signal.SIGTERM), (13, signal.SIGINT)])
+def test_a_stopped_run_goes_on_bit_by_bit(strategy, undisturbed, tmp_path, stop_at, number):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    trainer = language_model(strategy)
+    assert trainer.restore(tmp_path) == 0
+    with pytest.raises(Stopped) as stopped:
+        train(trainer, shuffled_tokens, 20, SignalAt(stop_at, number), tfdist.actions.Checkpoint(every_steps=5))
+    assert stopped.value.code == 143 and trainer.step == stop_at
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    resumed = language_model(strategy, steps_per_loop=3)
+    assert resumed.restore(tmp_path) == stop_at
+    train(resumed, shuffled_tokens, 20, tfdist.actions.Checkpoint(every_steps=5))
+    rows = read_rows(tmp_path / "metrics.jsonl", "train")
+    assert [row["loss_hex"] for row in rows] == undisturbed
+    assert sorted(store.steps(tmp_path / "checkpoints")) == [10, 15, 20]
+    again = language_model(strategy)
+    assert again.restore(tmp_path) == 20
+    assert train(again, shuffled_tokens, 20) == []
+
+
+def test_a_save_that_fails_is_a_warning_on_the_way_and_code_4_when_told_to_stop(strategy, tmp_path):
+    trainer = language_model(strategy)
+    trainer.restore(tmp_path)
+    train(trainer, shuffled_tokens, 5, tfdist.actions.Checkpoint(every_steps=5))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    used = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (used + 8192, before[1]))  # rows of metrics fit, checkpoints do not
+    try:
+        with pytest.raises(Stopped) as stopped:
+            train(trainer, shuffled_tokens, 20, SignalAt(9, signal.SIGTERM), tfdist.actions.Checkpoint(every_steps=7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stopped.value.code == 4 and trainer.step == 9
+    failed = [row for row in trainer.writers[0] if row.get("name") == "checkpoint_failed"]
+    assert [row["step"] for row in failed] == [7]
+    assert store.latest(tmp_path / "checkpoints").step == 5
+
+
+def test_another_seed_or_model_is_refused(strategy, tmp_path):
+    trainer = make(strategy, seed=1)
+    trainer.restore(tmp_path)
+    trainer.save()
+    with pytest.raises(UserError, match="seed: expected 1 .* found 2"):
+        make(strategy, seed=2).restore(tmp_path)
+    other = keras.Sequential([keras.Input((3,), dtype="float64"), keras.layers.Dense(2, dtype="float64")])
+    with pytest.raises(CheckpointError, match=r"model/layers/0/kernel has shape \[3, 1\], the model needs \[3, 2\]"):
+        make(strategy, other, seed=1).restore(tmp_path)
+    with pytest.raises(CheckpointError, match="missing optimizer/momentums/layers/0/kernel"):
+        make(strategy, optimizer=keras.optimizers.SGD(0.1, momentum=0.9), seed=1).restore(tmp_path)
+
+
+def test_checkpoint_without_a_workdir_is_refused(strategy):
+    with pytest.raises(UserError, match="expected a workdir to save to"):
+        train(make(strategy), batches(*regression()), 2, tfdist.actions.Checkpoint(every_steps=1))
+
+
+# ---- numbers that are not finite ----
+
+
+def test_a_step_that_is_not_finite_changes_nothing(strategy):
+    x, y, weight = regression()
+    x[2, 3, 0] = np.inf
+    trainer = make(strategy, optimizer=keras.optimizers.AdamW(0.1))
+    train(trainer, batches(x, y, weight), 2)
+    before = {key: v.numpy() for key, v in trainer.state.values().items() if key != "step"}
+    train(trainer, batches(x, y, weight), 3)
+    for key, value in before.items():
+        np.testing.assert_array_equal(trainer.state.values()[key].numpy(), value)
+    assert trainer.step == 3
+    assert [row["step"] for row in trainer.writers[0] if row.get("name") == "skip_step"] == [3]
+
+
+def test_too_many_such_steps_in_a_row_end_the_run_with_a_checkpoint(strategy, tmp_path):
+    x, y, weight = regression()
+    x[4:] = np.nan
+    trainer = make(strategy)
+    trainer.restore(tmp_path)
+    with pytest.raises(NotFiniteError, match="not finite for 3 steps in a row, up to step 7") as error:
+        train(trainer, batches(x, y, weight), 30, tfdist.actions.StopIfNotFinite(3))
+    assert error.value.exit_code == 5 and store.latest(tmp_path / "checkpoints") is not None
+
+
+# ---- refusals ----
+
+
+def test_a_reduced_loss_is_refused(strategy):
+    with pytest.raises(ValueError, match="found a scalar; for a Keras loss pass reduction='none'"):
+        train(make(strategy, loss=keras.losses.MeanSquaredError()), batches(*regression()), 1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "expected"),
+    [
+        ({"global_clipnorm": 1.0}, {"clip_norm": 1.0}, "clipping: expected one setting"),
+        ({"gradient_accumulation_steps": 4}, {}, "pass Trainer"),
+        ({"loss_scale_factor": 8.0}, {}, "loss scaling"),
+        ({}, {"accumulate_steps": 0}, "accumulate_steps"),
+        ({}, {"clip_norm": -1.0}, "clip_norm: expected 0"),
+        ({}, {"jit_compile": "yes"}, "jit_compile: expected auto, on or off, found 'yes'"),
+    ],
+)
+def test_contradictions_are_refused(strategy, optimizer, options, expected):
+    with pytest.raises(ValueError, match=expected):
+        make(strategy, optimizer=keras.optimizers.SGD(0.1, **optimizer), **options)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (tf.data.Dataset.from_tensors((1.0, 1.0)), "found scalar elements"),
+        (tf.data.Dataset.from_tensors(tf.ones([2, 3])), r"expected dataset elements \(x, y\)"),
+        (tf.data.Dataset.from_tensors((tf.ones([2, 3]),) * 4), "found tuple of 4"),
+        (tf.data.Dataset.from_tensor_slices((tf.ones([0, 3]), tf.ones([0]))).batch(4), "at least one batch"),
+    ],
+)
+def test_datasets_of_another_form_are_refused(strategy, dataset, expected):
+    with pytest.raises(ValueError, match=expected):
+        make(strategy).train(lambda _: dataset, 1)
+
+
+def test_a_model_or_optimizer_from_outside_the_scope_is_refused(strategy):
+    model, optimizer = linear(), keras.optimizers.SGD(0.1)
+    other = tfdist.OneDevice()
+    with tf.init_scope(), pytest.raises(ValueError, match="made under its scope"):
+        make(other, model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["MultiWorkerMirrored", "ParameterServer", "TPU"])
+def test_strategies_to_come_say_so(name):
+    with pytest.raises(ValueError, match=f"{name}: not there yet; use OneDevice or Mirrored"):
+        getattr(tfdist, name)()
+
+
+def test_too_late_for_logical_devices(strategy):
+    tf.constant(1)  # TensorFlow has started
+    with pytest.raises(ValueError, match="make tfdist.Mirrored before any other TensorFlow work"):
+        tfdist.Mirrored(3)
+
+
+# ---- the loop ----
+
+
+class Due:
+    def __init__(self, step):
+        self.step = step
+
+    def next_due(self, step):
+        return self.step
+
+
+@pytest.mark.parametrize(
+    ("step", "due", "expected"), [(0, [], 10), (0, [3, 7], 3), (95, [None], 100), (0, [None, 12], 10), (3, [7], 7)]
+)
+def test_the_loop_lands_on_the_next_due_step(step, due, expected):
+    assert next_stop(step, 100, 10, [Due(d) for d in due]) == expected
