@@ -56,7 +56,14 @@ class Bench:
         with self.strategy.scope():
             model, optimizer = make_model(), make_optimizer()
         trainer = tfdist.Trainer(
-            self.strategy, model, optimizer, loss, jit_compile=jit_compile, writers=[Rows()], steps_per_loop=7, **options
+            self.strategy,
+            model,
+            optimizer,
+            loss,
+            jit_compile=jit_compile,
+            writers=[Rows()],
+            steps_per_loop=7,
+            **options,
         )
         trainer.train(lambda context: dataset(batches, context), num_steps, [tfdist.actions.Log()])
         train_rows = [row for row in rows if row["kind"] == "train"]

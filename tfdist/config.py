@@ -51,7 +51,7 @@ class DataConfig:
     text_key: str = match("text")  # the feature of a tfds: source that holds the text
     tokenizer: str = match("bytes")
     sequence_length: int = match(128)
-    validation_fraction: float = match(0.05)
+    validation_fraction: float = match(0.02)
     shuffle: bool = match(True)
     cache_dir: str = free("")  # default: $TFDIST_CACHE, else the user's cache folder
 

@@ -60,9 +60,7 @@ def _update_moving_averages(optimizer) -> None:
     optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
     if optimizer.ema_overwrite_frequency:
         due = keras.ops.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
-        for variable, average in zip(
-            optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
-        ):
+        for variable, average in zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True):
             if average is not None:
                 variable.assign(keras.ops.where(due, average, variable))
 

@@ -112,8 +112,10 @@ def verify(path: Path) -> Checkpoint:
             if size != expected["size"]:
                 raise CheckpointError(f"{path / name}: expected {expected['size']} bytes, found {size}")
             with open(path / name, "rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-                    hashlib.sha256(file.read()).hexdigest()
+                checksum = (
+                    hashlib.file_digest(file, "sha256").hexdigest()
+                    if hasattr(hashlib, "file_digest")
+                    else (hashlib.sha256(file.read()).hexdigest())
                 )
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cli import job
-from tfdist.cluster.resolve import resolve
 from tfdist.errors import UserError
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
@@ -17,7 +16,6 @@ from tfdist.train import actions, evaluate
 
 def train(flags) -> None:
     """Trains, or goes on where the run in the workdir stopped."""
-    resolve()
     config = flags.config
     strategy = select.make(config.strategy)
     workdir = job.take_workdir(flags.workdir or f"runs/{Path(flags['config'].config_filename).stem}", config, flags.fresh)

@@ -99,8 +99,7 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
         if differing:
             fields = "; ".join(f"{name} was {before!r}, now {now!r}" for name, (before, now) in differing.items())
             raise UserError(
-                f"workdir: {path} holds a run with another config: {fields}. Use these values, another --workdir, "
-                "or --fresh"
+                f"workdir: {path} holds a run with another config: {fields}. Use these values, another --workdir, or --fresh"
             )
         if old.train.num_steps != config.train.num_steps:
             logging.warning(

@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from tfdist import config, errors
 from tfdist.checkpoint.workdir import Workdir
+from tfdist.cluster.resolve import resolve
 
 USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
 
@@ -79,7 +80,9 @@ def _stored_config(argv: list[str]) -> config.Config:
     try:
         return config.from_json(path.read_text())
     except FileNotFoundError:
-        raise errors.UserError(f"--workdir: expected the folder of a run ({path.name} in it), found none: {given[-1]}") from None
+        raise errors.UserError(
+            f"--workdir: expected the folder of a run ({path.name} in it), found none: {given[-1]}"
+        ) from None
     except (OSError, ValueError) as error:
         raise errors.UserError(f"--workdir: cannot read {path}: {error}") from error
 
@@ -113,6 +116,7 @@ def _run(command: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter
     logging.get_absl_handler().setFormatter(_Plain())
     try:
+        resolve()
         with _without_startup_chatter():
             from tfdist.cli import commands
 

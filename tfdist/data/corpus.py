@@ -41,9 +41,7 @@ def documents(source: str, text_key: str, validation_fraction: float) -> Iterato
         if validation is None:
             return _split(train, validation_fraction)
         return _labelled(train, validation)
-    raise DataError(
-        f"data.source: expected stdlib, files:GLOB, tfds:NAME or shards:DIR, found {source!r}"
-    )
+    raise DataError(f"data.source: expected stdlib, files:GLOB, tfds:NAME or shards:DIR, found {source!r}")
 
 
 def _library_files(root: Path) -> list[Path]:

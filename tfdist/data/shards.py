@@ -85,7 +85,11 @@ def content_hash(documents: Iterable[corpus.Document], tokenizer: ByteTokenizer)
 
 
 def build(
-    documents: Callable[[], Iterable[corpus.Document]], tokenizer: ByteTokenizer, source: str, data_hash: str, final: Path
+    documents: Callable[[], Iterable[corpus.Document]],
+    tokenizer: ByteTokenizer,
+    source: str,
+    data_hash: str,
+    final: Path,
 ) -> None:
     """Writes the dataset at `final`, atomically."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))

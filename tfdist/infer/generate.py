@@ -34,9 +34,7 @@ def generate_text(model: TransformerLM, prompt: str, num_tokens: int, sampling: 
     allowed = tf.range(model.config.vocab_size) < 256  # bytes only: no specials, nothing from a padded vocabulary
     room = model.sequence_length - num_tokens
     if room < 1:
-        raise UserError(
-            f"num_tokens: expected less than the model's context of {model.sequence_length}, found {num_tokens}"
-        )
+        raise UserError(f"num_tokens: expected less than the model's context of {model.sequence_length}, found {num_tokens}")
     new = generate(model, tokens[-room:], num_tokens, sampling, allowed)
     return prompt + tokenizer.decode(new)
 

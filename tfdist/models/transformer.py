@@ -11,8 +11,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from tfdist.errors import UserError
 from tfdist.config import ModelConfig
+from tfdist.errors import UserError
 from tfdist.models import count
 from tfdist.models.dropout import Dropout, current_position, sample_position
 
@@ -39,9 +39,7 @@ def _dense(config: ModelConfig, units: int, name: str, residual: bool = False):
     """A projection. Those that write into the residual stream start smaller, as in GPT-2."""
     stddev = _INIT_STDDEV / math.sqrt(2 * config.num_layers) if residual else _INIT_STDDEV
     init = keras.initializers.RandomNormal(stddev=stddev)
-    return keras.layers.Dense(
-        units, use_bias=config.use_bias, kernel_initializer=init, dtype=config.dtype, name=name
-    )
+    return keras.layers.Dense(units, use_bias=config.use_bias, kernel_initializer=init, dtype=config.dtype, name=name)
 
 
 def _embedding(config: ModelConfig, size: int, name: str):

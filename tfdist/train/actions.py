@@ -70,9 +70,7 @@ class Log:
 class Evaluate(Every):
     """Writes an eval row. `bytes_per_token` turns nats per token into bits per byte; 0 leaves that out."""
 
-    def __init__(
-        self, dataset_fn: DatasetFn, every_steps: int, bytes_per_token: float = 0.0, max_steps: int = 0
-    ):
+    def __init__(self, dataset_fn: DatasetFn, every_steps: int, bytes_per_token: float = 0.0, max_steps: int = 0):
         super().__init__(every_steps)
         self.dataset_fn, self.bytes_per_token, self.max_steps = dataset_fn, bytes_per_token, max_steps
 

@@ -27,9 +27,7 @@ class TrainState:
         with strategy.scope():
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
-            self.step = keras.Variable(
-                0, dtype="int64", trainable=False, aggregation="only_first_replica", name="step"
-            )
+            self.step = keras.Variable(0, dtype="int64", trainable=False, aggregation="only_first_replica", name="step")
 
     @property
     def trainable(self) -> list[keras.Variable]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from tfdist.errors import UserError
 from tfdist import patches
+from tfdist.errors import UserError
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.strategies.base import Batch, ReplicaStep, Strategy
 from tfdist.train.state import TrainState

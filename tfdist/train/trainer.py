@@ -101,9 +101,7 @@ class Trainer:
         """
         with StopRequest().installed() as stop:
             if self.step < num_steps:
-                iterator = self.strategy.distribute(
-                    dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step
-                )
+                iterator = self.strategy.distribute(dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step)
                 try:
                     loop.run(self, iterator, num_steps, actions, stop)
                 except CheckpointError as error:

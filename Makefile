@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all bench check format clean
+
+demo: $(INSTALLED)  ## train a language model of Python source code, and show the result
+	$(BIN)/tfdist train --config=configs/lm_tiny.py --workdir=runs/demo
+
+test: $(INSTALLED)  ## the tests, in minutes
+	$(BIN)/python -m pytest -q
+
+test-all: $(INSTALLED)  ## the whole matrix of strategies and features too
+	$(BIN)/python -m pytest -q --slow
+
+bench: $(INSTALLED)  ## the table of docs/benchmarks.md
+	$(BIN)/python benchmarks/step.py
+
+check: $(INSTALLED)  ## format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(INSTALLED): setup.cfg setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,dev,notebook]'
+	touch $@
