@@ -49,16 +49,17 @@ def test_a_token_sees_no_later_one(positions):
     assert np.abs(a[:, 5:] - b[:, 5:]).max() > 1e-4
 
 
-def test_attention_is_the_textbook_formula():
-    model = TransformerLM(config(num_layers=1, dtype="float64", num_kv_heads=1, num_heads=4), LENGTH)
+@pytest.mark.parametrize("length", [1, 8, 70, 131])  # one block of queries, and several
+def test_attention_is_the_textbook_formula(length):
+    model = TransformerLM(config(num_layers=1, dtype="float64", num_kv_heads=1, num_heads=4), length)
     attention = model.blocks[0].attention
-    x = np.random.default_rng(0).normal(size=(2, LENGTH, 8))
+    x = np.random.default_rng(0).normal(size=(2, length, 8))
     weights = {name: getattr(attention, name).get_weights() for name in ("query", "key", "value", "output_projection")}
     q, k, v = (x @ weights[n][0] + weights[n][1] for n in ("query", "key", "value"))
     out = np.zeros_like(x)
     for head in range(4):
         scores = q[..., head * 2 : head * 2 + 2] @ k.transpose(0, 2, 1) / np.sqrt(2)
-        scores[:, np.triu_indices(LENGTH, 1)[0], np.triu_indices(LENGTH, 1)[1]] = -np.inf
+        scores[(slice(None), *np.triu_indices(length, 1))] = -np.inf
         p = np.exp(scores - scores.max(-1, keepdims=True))
         out[..., head * 2 : head * 2 + 2] = p / p.sum(-1, keepdims=True) @ v
     expected = out @ weights["output_projection"][0] + weights["output_projection"][1]

@@ -81,19 +81,37 @@ class Attention(keras.layers.Layer):
             k = ops.slice_update(cache[0], [0, start, 0, 0], tf.cast(k, cache[0].dtype))
             v = ops.slice_update(cache[1], [0, start, 0, 0], tf.cast(v, cache[1].dtype))
             cache = (k, v)
-        q = tf.transpose(tf.reshape(q * size**-0.5, [rows, length, kv, group, size]), [0, 2, 3, 1, 4])
-        q = tf.reshape(q, [rows, kv, group * length, size])  # [B, K, G*T, D]
-        k = tf.transpose(k, [0, 2, 1, 3])  # [B, K, S, D]
-        v = tf.transpose(v, [0, 2, 1, 3])
-        scores = tf.matmul(q, k, transpose_b=True)  # [B, K, G*T, S]
-        scores = tf.reshape(scores, [rows, kv, group, length, k.shape[2]])
-        visible = tf.range(k.shape[2])[None, :] <= positions[:, None]  # [T, S]
-        wide = scores.dtype if scores.dtype == tf.float64 else tf.float32  # softmax in bfloat16 loses too much
-        weights = tf.nn.softmax(tf.where(visible, tf.cast(scores, wide), wide.min))
-        weights = tf.reshape(tf.cast(weights, v.dtype), [rows, kv, group * length, k.shape[2]])
-        mixed = tf.reshape(tf.matmul(weights, v), [rows, kv, group, length, size])
+        q = tf.transpose(tf.reshape(q * size**-0.5, [rows, length, kv, group, size]), [0, 2, 3, 1, 4])  # [B, K, G, T, D]
+        k, v = tf.transpose(k, [0, 2, 1, 3]), tf.transpose(v, [0, 2, 1, 3])  # [B, K, S, D]
+        if cache is not None:
+            mixed = attend(q, k, v, positions)
+        else:  # a block of queries needs no keys behind its own end: with four blocks 3/8 of the work falls away
+            blocks = [
+                attend(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], positions[start:end])
+                for start, end in _query_blocks(length)
+            ]
+            mixed = tf.concat(blocks, axis=3)
         mixed = tf.reshape(tf.transpose(mixed, [0, 3, 1, 2, 4]), [rows, length, config.model_dim])
         return self.output_projection(mixed), cache
+
+
+def attend(q, k, v, positions):
+    """Softmax attention of queries [B, K, G, T, D] at `positions` [T] over keys and values [B, K, S, D] up to there."""
+    rows, (_, kv, group, length, size), keys = tf.shape(q)[0], q.shape, k.shape[2]
+    scores = tf.matmul(tf.reshape(q, [rows, kv, group * length, size]), k, transpose_b=True)
+    scores = tf.reshape(scores, [rows, kv, group, length, keys])
+    visible = tf.range(keys)[None, :] <= positions[:, None]  # [T, S]
+    wide = scores.dtype if scores.dtype == tf.float64 else tf.float32  # softmax in bfloat16 loses too much
+    weights = tf.nn.softmax(tf.where(visible, tf.cast(scores, wide), wide.min))
+    weights = tf.reshape(tf.cast(weights, v.dtype), [rows, kv, group * length, keys])
+    return tf.reshape(tf.matmul(weights, v), [rows, kv, group, length, size])
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """(start, end) of at most four blocks of at least 32 queries."""
+    count = max(1, min(4, length // 32))
+    bounds = [round(i * length / count) for i in range(count + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 class MLP(keras.layers.Layer):
