@@ -45,13 +45,26 @@ def flip_a_byte(path):
     path.write_bytes(data)
 
 
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
 DAMAGE = {
     "a flipped byte": (lambda p: flip_a_byte(p / "values-00000.bin"), "SHA-256 does not match"),
     "a cut file": (lambda p: os.truncate(p / "values-00000.bin", 5), "bytes, found 5"),
     "a missing file": (lambda p: (p / "values-00000.bin").unlink(), "No such file"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json: missing"),
     "half a manifest": (lambda p: os.truncate(p / "manifest.json", 40), "not a manifest"),
-    "a future format": (lambda p: (p / "manifest.json").write_text('{"format": 9, "files": {}, "step": 1}'), "format"),
+    "a future format": (
+        lambda p: (p / "manifest.json").write_text('{"format": 9, "files": {}, "step": 1, "sha256": ""}'),
+        "expected format 1",
+    ),
+    "an edited manifest": (lambda p: edit(p / "manifest.json", '"byte_offset": 0', '"byte_offset": 4'), "its own SHA-256"),
+    "another step's manifest": (lambda p: edit(p / "manifest.json", '"step": 9', '"step": 8'), "its own SHA-256"),
+    "a list": (lambda p: (p / "manifest.json").write_text("[]"), "not a manifest"),
+    "files of another form": (lambda p: edit(p / "manifest.json", '"size": ', '"sise": '), "not a manifest"),
 }
 
 
@@ -100,6 +113,7 @@ def test_slices_are_put_together(tmp_path):
         {"offset": [2, 0], "shape": [2, 2], "file": "values-00000.bin", "byte_offset": 32},
         {"offset": [0, 0], "shape": [2, 2], "file": "values-00000.bin", "byte_offset": 0},
     ]
+    manifest["sha256"] = store._manifest_checksum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     np.testing.assert_array_equal(store.latest(tmp_path).arrays()["a"], np.arange(8.0).reshape(4, 2))
 

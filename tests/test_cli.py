@@ -212,7 +212,7 @@ def test_other_data_under_the_same_name_is_refused(finished, source, text_files,
     extra = text_files / "zz.txt"
     extra.write_text("more text\n" * 10)
     try:
-        assert_one_line(tfdist("train", CONFIG, source, f"--workdir={workdir}"), 2, "hash: expected")
+        assert_one_line(tfdist("train", CONFIG, source, f"--workdir={workdir}"), 2, "data_hash: expected")
     finally:
         extra.unlink()
 

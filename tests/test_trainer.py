@@ -166,6 +166,70 @@ def run_with_dense(strategy, start, stop):
     return [row["loss"] for row in train(trainer, lambda context: data.skip(context.start_step), stop)]
 
 
+def test_a_resumed_run_lays_out_batches_like_the_first_one(strategy):
+    """The second batch is the short one: a run that starts there must not take it for a whole one."""
+
+    def uneven(context):
+        x, y, weight = (a.reshape(-1, *a.shape[2:])[:10] for a in regression())
+        return tf.data.Dataset.from_tensor_slices((x, y, weight)).batch(4).repeat(3).skip(context.start_step)
+
+    keras.utils.set_random_seed(0)
+    whole = train(make(strategy, accumulate_steps=2), uneven, 100)
+    assert len(whole) == 9
+    keras.utils.set_random_seed(0)
+    trainer = make(strategy, accumulate_steps=2)
+    first = train(trainer, uneven, 2)
+    again = train(trainer, uneven, 100)
+    assert [row["loss_hex"] for row in again] == [row["loss_hex"] for row in whole]
+    assert len(first) == 2 or first is again
+    assert train(trainer, uneven, 100) == again, "nothing is left: the end of the input, not an error"
+
+
+def test_what_the_forward_pass_writes_is_put_back_when_a_step_is_skipped(strategy):
+    class Counter(keras.layers.Layer):
+        def build(self, shape):
+            self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, name="count")
+
+        def call(self, x, training=None):
+            if training:
+                self.count.assign(self.count + 1.0)
+            return x
+
+    x, y, weight = regression(steps=5)
+    x[1] = np.nan
+    weight[3] = 0
+    counter = Counter()
+    model = keras.Sequential([keras.Input((3,), dtype="float64"), counter, keras.layers.Dense(1, dtype="float64")])
+    trainer = make(strategy, model)
+    train(trainer, batches(x, y, weight), 100)
+    assert trainer.step == 5
+    assert counter.count.numpy() == 3, "not in the step of NaN, nor without weight, nor behind the end of the input"
+
+
+def test_an_infinite_loss_without_weight_does_not_count(strategy):
+    """In evaluation. In training its gradient is not finite (0 x inf), and the step is skipped and said."""
+    x, y, weight = regression()
+    expected = make(strategy, model := linear()).evaluate(batches(x, y, weight)).loss
+    y = np.where(weight == 0, np.inf, y)
+    assert make(strategy, model).evaluate(batches(x, y, weight)).loss == expected
+
+
+def test_sixteen_bit_losses_are_counted_exactly(strategy):
+    data = tf.data.Dataset.from_tensors((tf.ones([1001, 3]), tf.ones([1001])))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, dtype="mixed_bfloat16")])
+    result = make(strategy, model, loss=lambda y, p: tf.square(p[:, 0] - tf.cast(y, p.dtype))).evaluate(lambda _: data)
+    assert (result.tokens, result.weight) == (1001, 1001)
+
+
+def test_batch_normalisation_is_refused_until_it_is_right(strategy):
+    layer = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="batch normalisation on OneDevice"):
+        make(strategy, model)
+    layer.trainable = False
+    make(strategy, model)
+
+
 # ---- stopping and resuming ----
 
 
@@ -179,7 +243,7 @@ class SignalAt:
         return self.step if step < self.step else None
 
     def maybe(self, trainer, turn: Turn):
-        if turn.step == self.step:
+        if turn.step == self.step and not turn.last:
             os.kill(os.getpid(), self.number)
 
 
@@ -304,6 +368,7 @@ def test_a_reduced_loss_is_refused(strategy):
         ({"global_clipnorm": 1.0}, {"clip_norm": 1.0}, "clipping: expected one setting"),
         ({"gradient_accumulation_steps": 4}, {}, "pass Trainer"),
         ({"loss_scale_factor": 8.0}, {}, "loss scaling"),
+        ({"use_ema": True}, {}, "use_ema without ema_overwrite_frequency"),
         ({}, {"accumulate_steps": 0}, "accumulate_steps"),
         ({}, {"clip_norm": -1.0}, "clip_norm: expected 0"),
         ({}, {"jit_compile": "yes"}, "jit_compile: expected auto, on or off, found 'yes'"),

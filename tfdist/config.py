@@ -170,6 +170,10 @@ def validate(config: Config) -> Config:
         if not 0 <= values[name] < 1:
             raise ValueError(f"{name}: expected 0 <= x < 1, found {values[name]}")
     model, train = config.model, config.train
+    if train.seed >= 2**32:
+        raise ValueError(f"train.seed: expected less than 2**32, found {train.seed}")
+    if config.data.validation_fraction == 0:
+        raise ValueError("data.validation_fraction: expected more than 0 (every run validates), found 0")
     if model.model_dim % model.num_heads:
         raise ValueError(
             f"model.model_dim: expected a multiple of model.num_heads={model.num_heads}, found {model.model_dim}"
@@ -199,6 +203,8 @@ def from_json(text: str) -> Config:
     """The inverse of `to_json`. Unknown keys raise `ValueError`; missing ones take their default."""
     tree, config = json.loads(text), Config()
     known = set(flatten(config))
+    if not isinstance(tree, dict) or not all(isinstance(fields, dict) for fields in tree.values()):
+        raise ValueError("config.json: expected an object of sections")
     for section, fields in tree.items():
         for name, value in fields.items():
             if f"{section}.{name}" not in known:

@@ -42,7 +42,9 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
 
     Raises `CheckpointError` when the disk does not take it; what was there before is untouched then.
     """
-    final = folder / f"step-{step:08d}"
+    final = folder / _folder_name(step)
+    if final.exists() and _is_good(final):  # a stop right after a restore: this step is safe already
+        return final
     temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +58,11 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
             "arrays": entries,
             "files": {_VALUES: {"size": size, "sha256": checksum}},
         }
+        manifest["sha256"] = _manifest_checksum(manifest)
         _write_synced(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_folder(temporary)
-        if final.exists():  # a damaged one of the same step, else this step would not be saved again
+        temporary.chmod(0o755)  # mkdtemp's are for the owner alone
+        if final.exists():  # damaged
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync_folder(folder)
@@ -76,7 +80,7 @@ def latest(folder: Path) -> Checkpoint | None:
     """
     found = sorted(steps(folder), reverse=True)
     for step in found:
-        path = folder / f"step-{step:08d}"
+        path = folder / _folder_name(step)
         try:
             return verify(path)
         except CheckpointError as error:
@@ -99,35 +103,59 @@ def verify(path: Path) -> Checkpoint:
     """Reads the manifest and checks every file's size and SHA-256. Raises `CheckpointError` with file and reason."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-        files, step = manifest["files"], manifest["step"]
+        files, step, checksum = manifest["files"], manifest["step"], manifest["sha256"]
+        expected_files = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path / _MANIFEST}: missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({error})") from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / _MANIFEST}: expected format {FORMAT}, found {manifest.get('format')!r}")
-    for name, expected in files.items():
+    if checksum != _manifest_checksum(manifest) or path.name != _folder_name(step):
+        raise CheckpointError(f"{path / _MANIFEST}: does not match its own SHA-256 or its folder")
+    for name, (expected_size, expected_checksum) in expected_files.items():
         try:
             size = (path / name).stat().st_size
-            if size != expected["size"]:
-                raise CheckpointError(f"{path / name}: expected {expected['size']} bytes, found {size}")
-            with open(path / name, "rb") as file:
-                checksum = (
-                    hashlib.file_digest(file, "sha256").hexdigest()
-                    if hasattr(hashlib, "file_digest")
-                    else (hashlib.sha256(file.read()).hexdigest())
-                )
+            if size != expected_size:
+                raise CheckpointError(f"{path / name}: expected {expected_size} bytes, found {size}")
+            checksum = _file_checksum(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
-        if checksum != expected["sha256"]:
+        if checksum != expected_checksum:
             raise CheckpointError(f"{path / name}: SHA-256 does not match the manifest")
     return Checkpoint(path, step, manifest)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed save left behind."""
     for path in folder.glob("step-*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _file_checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Of everything else in the manifest."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_values(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str, int]:

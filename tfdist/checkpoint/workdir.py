@@ -4,8 +4,12 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
 from tfdist.errors import UserError, WorkdirInUse
+
+# A process holds a workdir as long as it lives, whatever becomes of the objects that asked for it.
+_held: dict[Path, IO[str]] = {}
 
 
 class Workdir:
@@ -19,29 +23,33 @@ class Workdir:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.report = self.path / "report.png"
-        self._lock_file = None
 
     def lock(self) -> None:
         """Creates the folder and holds it until the process ends. Raises `WorkdirInUse` when another process does.
 
-        A POSIX record lock: the system frees it when the process dies, and taking it twice in one process is fine.
+        Taking it again in the same process is fine (a notebook cell that runs twice). The system frees it when the
+        process dies.
         """
+        if self.path.resolve() in _held:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(self.path / ".lock", "a+")  # noqa: SIM115  held on purpose
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115  kept open on purpose
         except OSError as error:
             raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
         try:
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock_file.seek(0)
-            holder = self._lock_file.read().strip() or "unknown"
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
             raise WorkdirInUse(
                 f"workdir: {self.path} is in use by another run (process {holder}); stop it or use another --workdir"
             ) from None
-        self._lock_file.truncate(0)
-        self._lock_file.write(str(os.getpid()))
-        self._lock_file.flush()
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        _held[self.path.resolve()] = file
 
     def set_aside(self) -> Path | None:
         """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder."""

@@ -1,5 +1,6 @@
 """One short function per command; `flags` are the parsed command-line flags."""
 
+import contextlib
 from pathlib import Path
 
 from tfdist.checkpoint.workdir import Workdir, write_atomically
@@ -18,9 +19,9 @@ def train(flags) -> None:
     """Trains, or goes on where the run in the workdir stopped."""
     config = flags.config
     strategy = select.make(config.strategy)
-    workdir = job.take_workdir(flags.workdir or f"runs/{Path(flags['config'].config_filename).stem}", config, flags.fresh)
     dataset = job.open_data(config)
     train_data, eval_data = job.train_data(config, dataset), job.eval_data(config, dataset)
+    workdir = job.take_workdir(flags.workdir or f"runs/{Path(flags['config'].config_filename).stem}", config, flags.fresh)
     trainer = job.build_trainer(config, strategy, dataset.data_hash, workdir)
     if not trainer.restore(workdir.path) and config.train.init_from:
         job.load_weights(trainer.model, config.train.init_from)
@@ -31,15 +32,14 @@ def train(flags) -> None:
     print(meters.formula(flops, peak), flush=True)
     bytes_per_token = dataset.splits["validation"].bytes_per_token
     keep = config.checkpoint
-    trainer.train(train_data, config.train.num_steps, [
-        actions.Log(config.log.every_steps, flops, peak.flops_per_s),
-        actions.StopIfNotFinite(config.train.max_skipped_steps),
-        actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
-        actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
-    ])  # fmt: skip
-
-    actions.write_evaluation(trainer, eval_data, bytes_per_token)
-    trainer.close()
+    with contextlib.closing(trainer):
+        trainer.train(train_data, config.train.num_steps, [
+            actions.Log(config.log.every_steps, flops, peak.flops_per_s),
+            actions.StopIfNotFinite(config.train.max_skipped_steps),
+            actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
+            actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
+        ])  # fmt: skip
+        actions.write_evaluation(trainer, eval_data, bytes_per_token)
     text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")

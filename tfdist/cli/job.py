@@ -79,7 +79,7 @@ def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: W
         steps_per_loop=config.train.steps_per_loop,
         seed=config.train.seed,
         jit_compile=config.train.jit_compile,
-        facts={"config_hash": config_hash(config, data_hash), "data_hash": data_hash},
+        facts={"data_hash": data_hash, "config_hash": config_hash(config, data_hash)},
         writers=writers,
     )
 
@@ -123,12 +123,12 @@ def load_weights(model: TransformerLM, origin: str) -> int:
     """Weights only, from another workdir or a `.keras` file; the step they are from, 0 for a file."""
     values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
     if origin.endswith(".keras"):
-        load(values, _keras_file_arrays(origin), origin)
+        load(values, _keras_file_arrays(origin), origin, exact=False)
         return 0
     found = store.latest(Workdir(origin).checkpoints)
     if found is None:
         raise CheckpointError(f"checkpoint: expected a checkpoint in {Workdir(origin).checkpoints}, found none")
-    load(values, {key: a for key, a in found.arrays().items() if key.startswith(MODEL)}, str(found.path))
+    load(values, {key: a for key, a in found.arrays().items() if key.startswith(MODEL)}, str(found.path), exact=False)
     return found.step
 
 

@@ -1,9 +1,10 @@
-"""Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands, not here: help and usage errors are instant."""
+"""Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands only: help and usage errors are instant."""
 
 import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 import tempfile
 
@@ -74,6 +75,7 @@ def _define_flags(command: str, argv: list[str]) -> None:
 def _stored_config(argv: list[str]) -> config.Config:
     """The config of the run that `--workdir` names."""
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith(("--workdir=", "-workdir="))]
+    given += [value for name, value in zip(argv, argv[1:], strict=False) if name in ("--workdir", "-workdir")]
     if not given:
         return config.Config()  # the missing flag, or --help, is dealt with when flags are parsed
     path = Workdir(given[-1]).config
@@ -103,8 +105,8 @@ def _parse(command: str, argv: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         _fail(f"unknown flag --{name}{_near(name, [n for n in flags.FLAGS if n.isidentifier()])}")
-    except (flags.Error, ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, ImportError) as error:
-        _fail(" ".join(str(error).split()))
+    except Exception as error:  # the config file is the user's Python: whatever it raises is a config error
+        _fail(f"{' '.join(str(error).split())} ({type(error).__name__})")
     return positional
 
 
@@ -115,6 +117,8 @@ def _run(command: str) -> None:
         _fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter
     logging.get_absl_handler().setFormatter(_Plain())
+    # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))
     try:
         resolve()
         with _without_startup_chatter():
@@ -124,7 +128,7 @@ def _run(command: str) -> None:
     except errors.Failure as error:
         _fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped before there was anything to save", errors.STOPPED)
+        _fail("stopped; the checkpoints in the workdir are as they were", errors.STOPPED)
 
 
 @contextlib.contextmanager

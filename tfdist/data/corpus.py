@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import hashlib
 import math
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +34,9 @@ def documents(source: str, text_key: str, validation_fraction: float) -> Iterato
     kind, _, rest = source.partition(":")
     if kind == "stdlib" and not rest:
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _split(_read(_library_files(root), root), validation_fraction)
+        return _split(_read(_library_files(root), skip_binary=True), validation_fraction)
     if kind == "files" and rest:
-        return _split(_read(_matching_files(rest), None), validation_fraction)
+        return _split(_read(_matching_files(rest)), validation_fraction)
     if kind == "tfds" and rest:
         train, validation = tfds_source.read(rest, text_key)
         if validation is None:
@@ -58,7 +59,9 @@ def _matching_files(patterns: str) -> list[Path]:
     return sorted(found)
 
 
-def _read(paths: list[Path], root: Path | None) -> list[tuple[str, bytes]]:
+def _read(paths: list[Path], skip_binary: bool = False) -> list[tuple[str, bytes]]:
+    """(name, text) of each file; names are relative to the deepest common folder, so a corpus can move."""
+    root = os.path.commonpath([path.absolute().parent for path in paths])
     named = []
     for path in paths:
         try:
@@ -66,10 +69,10 @@ def _read(paths: list[Path], root: Path | None) -> list[tuple[str, bytes]]:
         except OSError as error:
             raise DataError(f"data.source: cannot read {path}: {error.strerror}") from error
         if b"\0" in text:
-            if root is not None:
+            if skip_binary:
                 continue
             raise DataError(f"data.source: expected text, found a binary file (it holds NUL bytes): {path}")
-        named.append((path.relative_to(root).as_posix() if root else path.as_posix(), text))
+        named.append((path.absolute().relative_to(root).as_posix(), text))
     return named
 
 

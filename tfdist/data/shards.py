@@ -94,6 +94,7 @@ def build(
     """Writes the dataset at `final`, atomically."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
     try:
+        temporary.chmod(0o755)  # mkdtemp's are for the owner alone; a cache may be shared
         writers = {split: _SplitWriter(temporary, split) for split in (corpus.TRAIN, corpus.VALIDATION)}
         for document in documents():
             writers[document.split].add(tokenizer.encode_document(document.text), len(document.text))
@@ -195,6 +196,7 @@ class _SplitWriter:
 def _make_writable(cache_dir: Path) -> None:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_dir).close()
     except OSError as error:
         raise DataError(
             f"data: cannot create the cache {cache_dir}: {error.strerror}; set TFDIST_CACHE or data.cache_dir"

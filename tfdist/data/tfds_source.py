@@ -7,6 +7,7 @@ child process that is given up once nothing has arrived for a while.
 import difflib
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,10 +75,19 @@ def _check_known(tfds, name: str) -> None:
 
 def _download(tfds, name: str) -> None:
     folder = _data_dir(tfds)
-    child = subprocess.Popen(
-        [sys.executable, "-c", _PREPARE, name],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    with tempfile.TemporaryFile("w+") as messages:  # a file: nobody reads a pipe meanwhile, and a full one stops the child
+        child = subprocess.Popen(
+            [sys.executable, "-c", _PREPARE, name],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages,
+        )  # fmt: skip
+        _wait_while_it_grows(child, name, folder)
+        messages.seek(0)
+        if child.returncode:
+            last = (messages.read().strip().splitlines() or ["no message"])[-1]
+            raise DataError(f"data.source: cannot download tfds:{name}: {last[:300]}")
+
+
+def _wait_while_it_grows(child: subprocess.Popen, name: str, folder: Path) -> None:
     size, since = -1, time.monotonic()
     while child.poll() is None:
         now = _folder_bytes(folder)
@@ -91,9 +101,6 @@ def _download(tfds, name: str) -> None:
                 f"A dataset that is prepared elsewhere can be copied to {folder}"
             )
         time.sleep(_POLL_S)
-    if child.returncode:
-        last = (child.stderr.read().strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"data.source: cannot download tfds:{name}: {last[:300]}")
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -20,15 +21,28 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, flushed. Numbers that are not finite become null: JSON has none."""
+    """One JSON object a line, written at once. Numbers that are not finite become null: JSON has none.
+
+    A disk that does not take rows is a warning, said once: it must not end the run.
+    """
 
     def __init__(self, path: Path):
-        self.file = open(path, "a")  # noqa: SIM115  open as long as the run
+        self.path, self.failed = path, False
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as the run
+        if self.file.tell() and path.read_bytes()[-1:] != b"\n":
+            self._append(b"\n")  # the last line of a killed run
 
     def write(self, row: dict[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        self._append(json.dumps(clean).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self.file.write(line)
+        except OSError as error:
+            if not self.failed:
+                logging.warning("metrics: cannot write %s: %s; training goes on without", self.path, error.strerror)
+            self.failed = True
 
     def close(self) -> None:
         self.file.close()

@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of (seed, step, layer, global sample index), so that it is the same on any number
 of replicas, after a restart, with and without XLA (Philox; FACTS: other generators differ under XLA).
 
-The caller of the model says where in the run it is: `with sample_position(seed, step, first_row): model(x, ...)`.
+The caller of the model says where in the run it is: `with sample_position(SamplePosition(...)): model(x, ...)`.
 The model itself knows nothing of replicas.
 """
 

@@ -6,16 +6,16 @@ from tfdist.errors import UserError
 from tfdist.strategies.base import Batch
 
 
-def rows_of(dataset: tf.data.Dataset) -> int:
-    """Rows of a full element: the static batch size, else that of the first element.
-
-    Raises `ValueError` for a dataset without elements, or whose elements are not batched.
-    """
+def static_rows(dataset: tf.data.Dataset) -> int | None:
+    """Rows of an element where the dataset knows them. Raises `UserError` for elements that are not batched."""
     spec = tf.nest.flatten(dataset.element_spec)[0]
     if spec.shape.rank == 0:
         raise UserError("expected a batched dataset (elements [rows, ...]), found scalar elements; use .batch()")
-    if spec.shape.rank and spec.shape[0] is not None:
-        return int(spec.shape[0])
+    return spec.shape[0] if spec.shape.rank else None
+
+
+def first_rows(dataset: tf.data.Dataset) -> int:
+    """Rows of the first element. Raises `UserError` for a dataset without elements."""
     for element in dataset.take(1):
         return int(tf.shape(tf.nest.flatten(element)[0])[0])
     raise UserError("expected a dataset with at least one batch, found an empty one")

@@ -11,6 +11,9 @@ YES = ""  # any other text is the reason why not
 
 STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer", "TPU")
 _LATER = "not there yet"
+_BATCH_NORM = (
+    "its statistics are neither synchronised over replicas nor masked for padding rows yet; freeze it (trainable=False)"
+)
 
 # feature -> strategy -> YES or the reason
 TABLE: dict[str, dict[str, str]] = {
@@ -35,7 +38,7 @@ TABLE: dict[str, dict[str, str]] = {
         ("exact evaluation", YES, YES),
         ("mixed_bfloat16", YES, YES),
         ("EMA of the optimizer", YES, YES),
-        ("batch normalisation", YES, "its statistics are not synchronised yet, replicas would part ways"),
+        ("batch normalisation", _BATCH_NORM, _BATCH_NORM),
         ("loss scaling (mixed_float16)", "dynamic loss scaling is " + _LATER, "dynamic loss scaling is " + _LATER),
     )
 }
@@ -53,10 +56,15 @@ def refuse(feature: str, strategy: str) -> None:
 def check(strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, clip_norm: float) -> None:
     """Raises `UserError` for what the table refuses and for settings that contradict each other."""
     name = type(strategy).__name__
-    if strategy.num_replicas > 1 and any(_is_batch_norm(layer) for layer in patches.all_layers(model)):
+    if any(_is_batch_norm(layer) and layer.trainable for layer in patches.all_layers(model)):
         refuse("batch normalisation", name)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
         refuse("loss scaling (mixed_float16)", name)
+    if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
+        raise UserError(
+            "optimizer: use_ema without ema_overwrite_frequency would have no effect here; give it a frequency, or leave "
+            "use_ema out"
+        )
     if optimizer.gradient_accumulation_steps:
         raise UserError(
             f"optimizer: gradient_accumulation_steps={optimizer.gradient_accumulation_steps} counts batches, tfdist "

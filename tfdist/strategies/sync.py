@@ -40,10 +40,12 @@ class Synchronous:
     def distribute(self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0) -> Any:
         context = InputContext(replicas=self.num_replicas, start_step=start_step)
         dataset = dataset_fn(context)
+        num_rows = layout.static_rows(dataset)
+        if num_rows is None:  # from the very first batch, so that a resumed run lays its batches out alike
+            num_rows = layout.first_rows(dataset_fn(InputContext(replicas=self.num_replicas)))
         if start_step and not context.start_step_was_read:
             logging.info("dataset_fn does not use start_step: reading and dropping the first %d batches", start_step)
             dataset = dataset.skip(start_step)
-        num_rows = layout.rows_of(dataset)
         laid_out = layout.lay_out(dataset, num_rows, accumulate_steps, self.local_replicas())
         laid_out = laid_out.prefetch(2).with_options(_without_autotune())
         # not TensorFlow's distributed iterator: on CPU devices it makes every step wait for its threads (half of an

@@ -142,7 +142,10 @@ class StopIfNotFinite:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row >= self.max_skipped_steps:
                 if trainer.workdir is not None:
-                    trainer.save()
+                    try:
+                        trainer.save()
+                    except CheckpointError as error:
+                        logging.error("%s", error)
                 raise NotFiniteError(
                     f"the loss or the gradients were not finite for {self.in_a_row} steps in a row, up to step "
                     f"{turn.first_step + i + 1}; no variable was changed by them. Lower the learning rate, or look at "

@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C ask the loop to stop after the steps in flight."""
 
 import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -18,7 +18,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(number).name
-        print(f"tfdist: {name}: saving after the steps in flight (Ctrl-C again stops at once)", file=sys.stderr)
+        # not print: it may have been interrupted in the middle of a write, and must not be entered twice
+        os.write(2, f"\ntfdist: {name}: saving after the steps in flight (Ctrl-C again stops at once)\n".encode())
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["StopRequest"]:

@@ -34,6 +34,11 @@ class TrainState:
         return self.model.trainable_variables
 
     @property
+    def written_by_forward(self) -> list[keras.Variable]:
+        """Weights that are no one's gradient's: moving statistics, counters of a user's layer."""
+        return self.model.non_trainable_weights
+
+    @property
     def layer_seeds(self) -> list[keras.Variable]:
         """The states of stock Keras random layers: in `variables` but not in `weights`."""
         weights = {id(variable) for variable in self.model.weights}
@@ -51,9 +56,9 @@ class TrainState:
         return model | optimizer | {"step": self.step}
 
 
-def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray], origin: str) -> None:
-    """Assigns every value, on every replica. Raises `CheckpointError` for names or shapes that differ; then nothing
-    was assigned."""
+def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray], origin: str, exact: bool = True) -> None:
+    """Assigns every value, on every replica. Raises `CheckpointError` for names, shapes or, if `exact`, dtypes that
+    differ; then nothing was assigned."""
     problems = [f"missing {key} ({values[key].path})" for key in values if key not in arrays]
     problems += [f"unexpected {key}" for key in arrays if key not in values]
     problems += [
@@ -61,6 +66,12 @@ def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray],
         for key, variable in values.items()
         if key in arrays and tuple(arrays[key].shape) != tuple(variable.shape)
     ]
+    if exact:
+        problems += [
+            f"{key} is {arrays[key].dtype.name}, the model needs {variable.dtype}"
+            for key, variable in values.items()
+            if key in arrays and arrays[key].dtype.name != variable.dtype
+        ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"checkpoint: {origin} does not fit the model: {'; '.join(problems[:5])}{more}")

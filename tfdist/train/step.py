@@ -37,17 +37,20 @@ def make_train_step(strategy: Strategy, state: TrainState, loss_fn: LossFn, opti
 
         @on_components
         def local_sums(batch: Batch):
-            return accumulate(state, loss_fn, batch, options.seed, replica)
+            before = [tf.identity(variable.value) for variable in state.written_by_forward]
+            return *accumulate(state, loss_fn, batch, options.seed, replica), before
 
         @on_components
-        def update(gradients, stats):
-            return apply_sums(state, gradients, stats, options)
+        def update(gradients, stats, before):
+            return apply_sums(state, gradients, stats, before, options)
 
         def train_step(batch: Batch) -> dict[str, tf.Tensor]:
-            gradients, stats = local_sums(batch)
+            gradients, stats, before = local_sums(batch)
             connected = [gradient for gradient in gradients if gradient is not None]
+            if not connected:
+                raise UserError("expected a loss that depends on the model's trainable variables, found no gradient at all")
             *reduced, stats = tf.distribute.get_replica_context().all_reduce("SUM", [*connected, stats])
-            return update(restore_gaps(reduced, gradients), stats)
+            return update(restore_gaps(reduced, gradients), stats, before)
 
         return train_step
 
@@ -114,9 +117,12 @@ def weighted_loss(loss_fn: LossFn, y, predicted, weight) -> tuple[tf.Tensor, tf.
         )
     if weight.shape.rank > loss.shape.rank:
         raise UserError(f"weight: expected at most the loss's shape {loss.shape}, found {weight.shape}")
+    if loss.dtype.size < 4:  # sums and counts in 16 bits would be rounded
+        loss = tf.cast(loss, tf.float32)
     weight = tf.cast(weight, loss.dtype)
     weight = tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (loss.shape.rank - weight.shape.rank)], 0))
     weight = tf.broadcast_to(weight, tf.shape(loss))
+    loss = tf.where(weight > 0, loss, tf.zeros_like(loss))  # where nothing counts, an infinite loss does not either
     tokens = tf.reduce_sum(tf.cast(weight > 0, loss.dtype))
     return tf.reduce_sum(loss * weight), tf.reduce_sum(weight), tokens
 
@@ -135,10 +141,13 @@ def set_layer_seeds(state: TrainState, seed: int, step, m, replica: int) -> None
 # ---- update ----
 
 
-def apply_sums(state: TrainState, gradients: list, stats: tf.Tensor, options: StepOptions) -> dict[str, tf.Tensor]:
+def apply_sums(
+    state: TrainState, gradients: list, stats: tf.Tensor, before: list, options: StepOptions
+) -> dict[str, tf.Tensor]:  # fmt: skip
     """Divide, check, clip, update. The input is reduced, so every replica does the same.
 
-    A step without weight, or with a gradient that is not finite, changes nothing but the step count.
+    A step without weight, or with a gradient that is not finite, changes nothing but the step count: what the forward
+    pass wrote (moving statistics) is put back to its value `before`.
     """
     loss_sum, weight, tokens, valid = tf.unstack(stats)
     divisor = tf.where(weight > 0, weight, tf.ones_like(weight))
@@ -151,6 +160,8 @@ def apply_sums(state: TrainState, gradients: list, stats: tf.Tensor, options: St
     learning_rate = tf.convert_to_tensor(state.optimizer.learning_rate)
     applied = tf.logical_and(finite, weight > 0)
     apply_if(applied, state, gradients, variables, compiled=options.jit_compile)
+    for variable, value in zip(state.written_by_forward, before, strict=True):
+        variable.assign(tf.where(applied, variable.value, value))
     state.step.assign(state.step.value + tf.cast(valid > 0, tf.int64))
     return {
         "loss": loss,
@@ -163,7 +174,12 @@ def apply_sums(state: TrainState, gradients: list, stats: tf.Tensor, options: St
 
 
 def global_norm(gradients: list) -> tf.Tensor:
-    return tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in gradients]))
+    wide = tf.float64 if any(g.dtype == tf.float64 for g in gradients) else tf.float32
+    return tf.sqrt(tf.add_n([tf.cast(tf.reduce_sum(tf.square(tf.cast(g, _at_least_32(g)))), wide) for g in gradients]))
+
+
+def _at_least_32(gradient: tf.Tensor) -> tf.DType:
+    return tf.float32 if gradient.dtype.size < 4 else gradient.dtype
 
 
 def clip(gradients: list, norm: tf.Tensor, optimizer, clip_norm: float) -> list:

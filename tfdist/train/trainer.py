@@ -79,10 +79,10 @@ class Trainer:
                 if found.manifest.get(name) != value:
                     raise UserError(
                         f"{name}: expected {found.manifest.get(name)!r} (of {found.path}), found {value!r}; "
-                        "--fresh, or another workdir, starts anew"
+                        "a resumed run needs the same; --fresh, or another workdir, starts anew"
                     )
             load(self.state.values(), found.arrays(), str(found.path))
-        self.writers.append(JsonLines(self.workdir.metrics))
+        self.writers = [w for w in self.writers if not isinstance(w, JsonLines)] + [JsonLines(self.workdir.metrics)]
         self.write({"kind": "event", "name": "restore" if found else "start", "step": self.step, **versions()})
         return self.step
 
@@ -104,11 +104,11 @@ class Trainer:
                 iterator = self.strategy.distribute(dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step)
                 try:
                     loop.run(self, iterator, num_steps, actions, stop)
-                except CheckpointError as error:
+                except (CheckpointError, KeyboardInterrupt) as error:
                     if not stop.requested:
                         raise
-                    logging.error("%s", error)
-                    raise Stopped(error.exit_code) from error
+                    logging.error("%s", error or "interrupted while saving; the last good checkpoint is kept")
+                    raise Stopped(CheckpointError.exit_code) from error
             if stop.requested:
                 self.write({"kind": "event", "name": "stop", "step": self.step})
                 raise Stopped
