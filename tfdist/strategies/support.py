@@ -93,3 +93,21 @@ def jit_compile(setting: str, model: keras.Model) -> bool:
 
 def _is_batch_norm(layer: keras.Layer) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def markdown() -> str:
+    """The table of the README; a test keeps the two equal."""
+    shown = ("OneDevice", "Mirrored")
+    notes: list[str] = []
+
+    def cell(reason: str) -> str:
+        if reason == YES:
+            return "yes"
+        if reason not in notes:
+            notes.append(reason)
+        return f"refused [{notes.index(reason) + 1}]"
+
+    rows = [f"| {feature} | {' | '.join(cell(row[name]) for name in shown)} |" for feature, row in TABLE.items()]
+    head = [f"| | {' | '.join(shown)} |", "|---|" + "---|" * len(shown)]
+    others = ", ".join(name for name in STRATEGIES if name not in shown)
+    return "\n".join([*head, *rows, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1)), f"{others}: {_LATER}."])
