@@ -10,9 +10,15 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # from the top of the house down: a room imports only from rooms below it (or itself)
 FLOORS = [
-    {"cli"}, {"verify", "doctor"}, {"launch", "fit", "infer"}, {"train"},
-    {"checkpoint", "metrics", "optim", "data", "models"}, {"strategies"}, {"cluster", "patches"}, {"config", "errors", "__init__"},
-]  # fmt: skip
+    {"cli"},
+    {"verify", "doctor"},
+    {"launch", "fit", "infer"},
+    {"train"},
+    {"checkpoint", "metrics", "optim", "data", "models"},
+    {"strategies"},
+    {"cluster", "patches"},
+    {"config", "errors", "__init__"},
+]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_TENSORFLOW = ["__init__.py", "config.py", "errors.py", "models/count.py", "cli/main.py", "cluster/", "launch/",
                       "checkpoint/", "metrics/writers.py", "metrics/report.py", "data/corpus.py", "data/shards.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tfdist.errors import DataError
 
-_STALL_S = 15.0  # nothing written for this long: the download is given up
+_STALL_S = 10.0  # nothing written for this long: the download is given up
 _POLL_S = 0.25
 _PREPARE = "import sys, tensorflow_datasets as tfds; tfds.builder(sys.argv[1]).download_and_prepare()"
 

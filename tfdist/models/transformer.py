@@ -83,9 +83,7 @@ class Attention(keras.layers.Layer):
             cache = (k, v)
         q = tf.transpose(tf.reshape(q * size**-0.5, [rows, length, kv, group, size]), [0, 2, 3, 1, 4])  # [B, K, G, T, D]
         k, v = tf.transpose(k, [0, 2, 1, 3]), tf.transpose(v, [0, 2, 1, 3])  # [B, K, S, D]
-        if cache is not None:
-            mixed = attend(q, k, v, positions)
-        elif q.dtype.size < 4:  # not compiled on a CPU, where more and smaller operations cost more than they save
+        if cache is not None or q.dtype.size < 4:  # 16 bits run op by op on a CPU: more, smaller ops would not pay
             mixed = attend(q, k, v, positions)
         else:  # a block of queries needs no keys behind its own end: with four blocks 3/8 of the work falls away
             blocks = [
