@@ -51,8 +51,9 @@ class Strategy(Protocol):
     """A cluster of devices that trains one model. Constructed by every worker; the chief alone writes."""
 
     tf_strategy: tf.distribute.Strategy
-    num_replicas: int
-    is_chief: bool
+    cluster: Any  # the processes that train together; None: this one alone
+    num_replicas: int  # over all workers
+    is_chief: bool  # the one process that writes
 
     def scope(self) -> AbstractContextManager:
         """Variables made inside live on every replica."""

@@ -23,6 +23,7 @@ class Synchronous:
                 "set KERAS_BACKEND=tensorflow before Keras is imported"
             )
         self.tf_strategy = tf_strategy
+        self.cluster = None
         self.num_replicas = tf_strategy.num_replicas_in_sync
         self.is_chief = True
 
