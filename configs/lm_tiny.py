@@ -2,7 +2,8 @@
 
     tfdist train --config=configs/lm_tiny.py --workdir=runs/lm_tiny
 
-Text: the source of the standard library of the running Python. Result on 2 CPU cores: see docs/benchmarks.md.
+Text: the source of the standard library of the running Python. Result on 2 CPU cores: 3.5 minutes,
+validation loss 1.45 nats per byte (docs/benchmarks.md).
 """
 
 from tfdist.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -255,8 +255,12 @@ def test_training_rows_are_the_ordered_windows_of_the_text(dataset):
 def test_evaluation_counts_every_token_once(dataset, batch):
     make = eval_dataset_fn(dataset, "validation", sequence_length=16, batch_size=batch, vocab_size=258)
     tokens = whole_split(dataset, "validation")
-    seen = [labels[weight > 0] for _, labels, weight in make(InputContext()).as_numpy_iterator()]
-    np.testing.assert_array_equal(np.concatenate(seen), tokens[1:])
+    windows = [w for x in make(InputContext()).as_numpy_iterator() for w in zip(*x, strict=True) if w[2].any()]
+    seen = sorted((inputs.tobytes(), labels[weight > 0].tobytes()) for inputs, labels, weight in windows)
+    padded = np.concatenate([tokens, np.repeat(tokens[-1:], 16)]).astype(np.int32)
+    starts = range(0, len(tokens) - 1, 16)
+    expected = [(padded[s : s + 16].tobytes(), tokens[s + 1 : s + 17].astype(np.int32).tobytes()) for s in starts]
+    assert seen == sorted(expected)
 
 
 def test_a_sequence_longer_than_the_corpus_is_refused(dataset):

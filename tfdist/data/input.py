@@ -55,22 +55,25 @@ def eval_dataset_fn(
 ) -> DatasetFn:
     """(inputs, labels, weight), all [b, T], once through the split: every token but the first is a target exactly once.
 
-    The last window is filled up with weight 0.
+    What is beyond the end has weight 0. Windows come in a fixed shuffled order, so that the first batches alone are a
+    fair sample of the split.
     """
     split = dataset.splits[split_name]
     if split.tokens < 2:
         raise DataError(f"data: expected at least 2 tokens in the {split_name} split, found {split.tokens}")
     windows = -(-(split.tokens - 1) // sequence_length)
     batches = -(-windows // batch_size)
+    order = Order(windows, seed=0)
 
     def dataset_fn(context: InputContext) -> tf.data.Dataset:
         rows = tf.constant(pipeline_rows(batch_size, 1, context), tf.int64)
 
         def steps(tokens):
             def batch(step):
-                start = (step * batch_size + rows) * sequence_length
+                place = step * batch_size + rows
+                start = order.sample(tf.minimum(place, windows - 1)) * sequence_length
                 target = start[:, None] + tf.range(1, sequence_length + 1, dtype=tf.int64)
-                weight = tf.cast(target < split.tokens, tf.float32)
+                weight = tf.cast((target < split.tokens) & (place < windows)[:, None], tf.float32)
                 return (*_inputs_and_labels(tokens, start, sequence_length, vocab_size), weight)
 
             return tf.data.Dataset.range(context.start_step, batches).map(batch, num_parallel_calls=2)
