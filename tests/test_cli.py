@@ -69,15 +69,12 @@ def assert_one_line(done, code, *parts):
     ],
 )
 def test_help_and_usage_errors_are_instant_and_one_line(arguments, code, expected):
-    started_s = time.monotonic()
     done = run(["-X", "importtime", "-m", "tfdist.cli", *arguments])
-    seconds = time.monotonic() - started_s
     imported = re.findall(r"\|\s+(\S+)$", done.stderr, re.MULTILINE)
     assert "absl.app" in imported and not {"tensorflow", "keras", "numpy"} & set(imported)
     errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == code and expected in "\n".join([done.stdout, *errors])
     assert len(errors) == (1 if code and arguments else 0), errors
-    assert seconds < 1.0  # 0.2 s on a quiet machine; `-X importtime` and a busy one take more
 
 
 def test_help_takes_less_than_the_promised_time():
