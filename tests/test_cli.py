@@ -62,7 +62,8 @@ def assert_one_line(done, code, *parts):
         (["train", CONFIG, "--config.train.global_batch_size=-4"], 2, "expected at least 1, found -4"),
         (["train", CONFIG, "--wrkdir=x"], 2, "did you mean workdir"),
         (["train", CONFIG, "oops"], 2, "unexpected argument 'oops'"),
-        (["train", "--config=nowhere.py"], 2, "nowhere.py"),
+        (["train", "--config=nowhere.py"], 2, "found no file 'nowhere.py'"),
+        (["train", CONFIG, "--num_steps=3"], 2, "did you mean config.train.num_steps"),
         (["eval"], 2, "expected --workdir=FOLDER"),
         (["eval", "--workdir=nowhere"], 2, "expected the folder of a run"),
         (["generate", "--workdir=nowhere", "--prompt=x"], 2, "expected the folder of a run"),
@@ -99,7 +100,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events.*"))
     assert "MFU = tokens/s x" in done.stdout and done.stdout.count("MFU = ") == 1
-    assert "sample:" in done.stdout and f"next: tfdist generate --workdir={workdir}" in done.stdout
+    assert "sample:" in done.stdout and f"tfdist generate --workdir={workdir}" in done.stdout
     assert "bits per byte" in done.stderr and "Traceback" not in done.stderr
 
     rows = read_rows(workdir / "metrics.jsonl", "train")

@@ -47,7 +47,9 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it is cut into samples."""
 
-    source: str = match("stdlib")  # stdlib | files:GLOB[,GLOB...] | tfds:NAME | shards:DIR
+    source: str = free(
+        "stdlib"
+    )  # the data's own hash must match, not its name: stdlib | files:GLOB[,GLOB...] | tfds:NAME | shards:DIR
     text_key: str = match("text")  # the feature of a tfds: source that holds the text
     tokenizer: str = match("bytes")
     sequence_length: int = match(128)

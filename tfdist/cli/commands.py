@@ -1,6 +1,8 @@
 """One short function per command; `flags` are the parsed command-line flags."""
 
 import contextlib
+import shutil
+import sys
 from pathlib import Path
 
 from tfdist.checkpoint.workdir import Workdir, write_atomically
@@ -43,7 +45,8 @@ def train(flags) -> None:
     text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
-    print(f"next: tfdist generate --workdir={workdir.path} --prompt='def main('")
+    program = "tfdist" if shutil.which("tfdist") else Path(sys.executable).parent / "tfdist"
+    print(f"next: {program} generate --workdir={workdir.path} --prompt='def main('")
 
 
 def _sample(config, model, workdir: Workdir, step: int) -> str:

@@ -91,8 +91,11 @@ def _stored_config(argv: list[str]) -> config.Config:
 
 def _parse(command: str, argv: list[str]) -> list[str]:
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
-        print(f"{USAGE.splitlines()[0]}\n\nflags of tfdist {command}:\n{flags.FLAGS.get_help()}")
+        print(_help(command))
         sys.exit(errors.DONE)
+    given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+    if command == "train" and given and not os.path.isfile(given[-1]):
+        _fail(f"--config: expected a Python file with get_config(), found no file {given[-1]!r}")
     try:
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
@@ -104,10 +107,24 @@ def _parse(command: str, argv: list[str]) -> list[str]:
         config.validate(flags.FLAGS.config)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
-        _fail(f"unknown flag --{name}{_near(name, [n for n in flags.FLAGS if n.isidentifier()])}")
+        known = [*_own_flags(), *(f"config.{key}" for key in config.field_names())]
+        _fail(f"unknown flag --{name}{_near(name, known)}")
     except Exception as error:  # the config file is the user's Python: whatever it raises is a config error
         _fail(f"{' '.join(str(error).split())} ({type(error).__name__})")
     return positional
+
+
+def _own_flags() -> dict[str, flags.Flag]:
+    """This command's flags, without the many that absl adds."""
+    return {flag.name: flag for flag in flags.FLAGS.flags_by_module_dict().get(__name__, [])} | {
+        name: flags.FLAGS[name] for name in ("config", "workdir") if name in flags.FLAGS
+    }
+
+
+def _help(command: str) -> str:
+    own = [f"  --{name}: {flag.help}" for name, flag in sorted(_own_flags().items())]
+    keys = [f"  --config.{key}={value}" for key, value in config.flatten(config.Config()).items()]
+    return "\n".join([USAGE.splitlines()[0], "", f"flags of tfdist {command}:", *own, "", "config keys, defaults:", *keys])
 
 
 def _run(command: str) -> None:
@@ -115,7 +132,7 @@ def _run(command: str) -> None:
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         _fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up chatter
     logging.get_absl_handler().setFormatter(_Plain())
     # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))
@@ -168,7 +185,9 @@ def _near(name: str, known) -> str:
     """The nearest names; a key of another section with the same last part counts as near."""
     last = name.rpartition(".")[2]
     near = [k for k in known if k.rpartition(".")[2] == last] + difflib.get_close_matches(name, known, n=3)
-    near += difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known], n=1) if not near else []
+    if not near:
+        parts = {k.rpartition(".")[2]: k for k in known}
+        near = [parts[part] for part in difflib.get_close_matches(last, parts, n=1)]
     return f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
 
 

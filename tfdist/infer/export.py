@@ -1,4 +1,4 @@
-"""A trained model as a file that plain Keras loads."""
+"""A trained model as a `.keras` file."""
 
 import os
 import tempfile

@@ -116,7 +116,8 @@ class Terminal:
             self.bar.start()
 
     def _train(self, row: dict[str, Any]) -> None:
-        numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.1%}"
+        mfu = f"  MFU {row['mfu']:.1%}" if row["mfu"] else ""  # 0: not known
+        numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s{mfu}"
         if self.bar is not None:
             self.bar.update(self.task, completed=row["step"], numbers=numbers)
             return
