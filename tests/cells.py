@@ -102,7 +102,7 @@ def tokens(rows: list[int], weights: bool = False, seed: int = 0) -> list[tuple]
 
 
 def adamw(**options):
-    return keras.optimizers.AdamW(1e-2, weight_decay=0.1, **options)
+    return keras.optimizers.AdamW(5e-3, weight_decay=0.1, **options)
 
 
 @cell

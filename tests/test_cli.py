@@ -188,6 +188,10 @@ def test_start_from_the_weights_of_another_run(finished, source, tmp_path):
     assert done.returncode == 0, done.stderr
     first = float.fromhex(losses(tmp_path)[1])
     assert first < float.fromhex(losses(finished[0])[1]) - 1
+    assert tfdist("export", f"--workdir={finished[0]}", f"--out={tmp_path}/m.keras").returncode == 0
+    other[0] = f"--config.train.init_from={tmp_path}/m.keras"
+    assert tfdist("train", CONFIG, source, f"--workdir={tmp_path / 'from_file'}", *other).returncode == 0
+    assert losses(tmp_path / "from_file")[1] == losses(tmp_path)[1]
     larger = ["--config.model.model_dim=32", f"--workdir={tmp_path / 'x'}", f"--config.train.init_from={finished[0]}"]
     assert_one_line(tfdist("train", CONFIG, source, *larger), 4, "does not fit the model")
 
