@@ -1,14 +1,55 @@
-"""Who we all are, from the environment. No TensorFlow."""
+"""Who we all are, from the environment. With `cli/` and `launch/` the only place that reads it. No TensorFlow."""
 
 import os
 from collections.abc import Mapping
 
-from tfdist.errors import UserError
+from absl import logging
+
+from tfdist.cluster import kubernetes, slurm
+from tfdist.cluster.spec import Cluster, Task, TFConfigError, from_tf_config
+
+DEFAULT_PORT = 2222
 
 
-def resolve(environ: Mapping[str, str] = os.environ) -> None:
-    """None: this process is alone. Raises `UserError` when TF_CONFIG asks for a cluster, which is not there yet."""
-    if environ.get("TF_CONFIG"):
-        raise UserError(
-            "TF_CONFIG: expected none (clusters are not there yet), found one; unset it to train on this machine alone"
-        )
+def resolve(environ: Mapping[str, str] = os.environ) -> Cluster:
+    """The cluster that this process belongs to; `.source` says where that was found, `.is_local` that it is alone.
+
+    TF_CONFIG decides if it is set. Else a Slurm step of several tasks (srun), else a Kubernetes indexed Job. Raises
+    `TFConfigError` or `UserError`, one line.
+    """
+    if "TF_CONFIG" in environ:
+        cluster, warnings = from_tf_config(environ["TF_CONFIG"])
+        for warning in warnings:
+            logging.warning("%s", warning)
+        return cluster
+    port = _port(environ)
+    for found in (slurm.cluster(environ, port), kubernetes.cluster(environ, port)):
+        if found is not None:
+            return found
+    return Cluster(task=Task("worker", 0))
+
+
+def job_token(cluster: Cluster, environ: Mapping[str, str] = os.environ) -> str:
+    """Tells this job's processes from another's: TFDIST_JOB_TOKEN, else a hash of the cluster (a name, not a secret)."""
+    return environ.get("TFDIST_JOB_TOKEN") or cluster.identity()
+
+
+def supervisor_fd(environ: Mapping[str, str] = os.environ) -> int | None:
+    """The file descriptor of the socket to this process' supervisor; None when it has none."""
+    given = environ.get("TFDIST_SUPERVISOR_FD", "")
+    return int(given) if given.isdigit() else None
+
+
+def devices_per_worker(environ: Mapping[str, str] = os.environ) -> int:
+    """What `tfdist launch --devices-per-worker` asked for; 0: nothing."""
+    given = environ.get("TFDIST_DEVICES_PER_WORKER", "0")
+    if not given.isdigit():
+        raise TFConfigError(f"TFDIST_DEVICES_PER_WORKER: must be a number, got {given!r:.80}")
+    return int(given)
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    given = environ.get("TFDIST_PORT", str(DEFAULT_PORT))
+    if not given.isdigit() or not 1 <= int(given) <= 65535:
+        raise TFConfigError(f"TFDIST_PORT: must be 1 to 65535, got {given!r:.80}; it is the first port of a node's tasks")
+    return int(given)
