@@ -89,6 +89,7 @@ def test_private_names_of_keras_and_tensorflow_stay_in_patches():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                own = own or ast.unparse(node) == "os._exit"
                 assert own, f"{path.relative_to(ROOT)}:{node.lineno}: .{node.attr} is private"
 
 

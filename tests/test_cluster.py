@@ -40,7 +40,7 @@ BAD = {
     "11 no jobs": (config({}), "cluster: has no jobs"),
     "12 worker is a string": (config({"worker": A}), "cluster.worker: must be a list"),
     "13 no workers": (config({"worker": []}), "cluster.worker: empty"),
-    "14 index beyond": (config({"worker": [A]}, {"type": "worker", "index": 1}), "task.index: 1, but worker has 1 task (0…0)"),
+    "14 index beyond": (config({"worker": [A]}, {"type": "worker", "index": 1}), "1, but worker has 1 task (0…0)"),
     "15 index below": (config(task={"type": "worker", "index": -1}), "task.index: must be ≥ 0"),
     "16b index padded": (config(task={"type": "worker", "index": " 0"}), "must be an integer, got string"),
     "16c index signed": (config(task={"type": "worker", "index": "+0"}), "must be an integer, got string"),
@@ -156,8 +156,12 @@ def test_addresses():
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["cluster", "task", "worker", "chief", "ps", "type", "index", "x"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["cluster", "task", "worker", "chief", "ps", "type", "index", "x"]), inner, max_size=4
+        )
+    ),
     max_leaves=20,
 )
 VALID = {
@@ -169,10 +173,13 @@ VALID = {
 def check(text) -> None:
     from_tf_config("{}")
     started_s = time.perf_counter()
+    problem = None
     try:
         cluster, _ = from_tf_config(text)
     except TFConfigError as error:
-        assert "\n" not in str(error) and str(error).startswith("TF_CONFIG: ")
+        problem = str(error)
+    if problem is not None:
+        assert "\n" not in problem and problem.startswith("TF_CONFIG: ")
     else:
         assert isinstance(cluster, Cluster) and hash(cluster) is not None
         again, warnings = from_tf_config(cluster.to_tf_config())
@@ -226,7 +233,9 @@ def test_any_address(host, port):
     check(worker(f"{host}:{port}"))
 
 
-@pytest.mark.parametrize("text", ['"\\"' * 300_000, "[" * (1 << 20), "[]" * (1 << 19), "{" + '"a":' * 200_000, '{"' * 400_000])
+@pytest.mark.parametrize(
+    "text", ['"\\"' * 300_000, "[" * (1 << 20), "[]" * (1 << 19), "{" + '"a":' * 200_000, '{"' * 400_000]
+)
 def test_hostile_ones_are_refused_quickly(text):
     with pytest.raises(TFConfigError):
         from_tf_config(text)

@@ -11,6 +11,7 @@ from tfdist.data.input import eval_dataset_fn, num_windows, pipeline_rows, train
 from tfdist.data.order import Order
 from tfdist.data.tokenizer import ByteTokenizer
 from tfdist.errors import DataError
+from tfdist.strategies import layout
 from tfdist.strategies.base import InputContext
 
 
@@ -222,11 +223,26 @@ def test_a_sample_depends_on_its_index_alone():
 
 
 @pytest.mark.parametrize("pipelines", [1, 2, 3, 4])
+@pytest.mark.parametrize("local", [1, 2])
 @pytest.mark.parametrize(("batch", "micro"), [(8, 1), (8, 4), (12, 2), (5, 2), (3, 1)])
-def test_pipeline_rows_are_disjoint_complete_and_balanced(batch, micro, pipelines):
-    shares = [pipeline_rows(batch, micro, InputContext(p, pipelines)) for p in range(pipelines)]
+def test_pipeline_rows_are_disjoint_complete_and_laid_out_at_their_place(batch, micro, local, pipelines):
+    """Each replica of each pipeline gets the rows that `first_row` says: dropout masks depend on it."""
+    replicas = local * pipelines
+    shares = [pipeline_rows(batch, micro, InputContext(p, pipelines, replicas)) for p in range(pipelines)]
     assert sorted(np.concatenate(shares)) == list(range(batch))
-    assert max(map(len, shares)) - min(map(len, shares)) <= micro
+    num_rows, placed = max(map(len, shares)), []
+    assert num_rows <= -(-batch // (micro * replicas)) * micro * local
+    for pipeline, rows in enumerate(shares):
+        element = (rows, rows)
+        dataset = tf.data.Dataset.from_tensors(element)
+        laid_out = layout.lay_out(dataset, num_rows, micro, local, pipeline * local, replicas)
+        found = next(laid_out.as_numpy_iterator())
+        share = found.x.shape[-1]
+        expected = found.first_row[..., None] + np.arange(share)
+        real = found.weight > 0
+        np.testing.assert_array_equal(found.x[real], expected[real])
+        placed += list(found.x[real])
+    assert sorted(placed) == list(range(batch))
 
 
 # ---- the input graph ----

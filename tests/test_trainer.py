@@ -278,15 +278,17 @@ def test_a_stopped_run_goes_on_bit_by_bit(strategy, undisturbed, tmp_path, stop_
     assert trainer.restore(tmp_path) == 0
     with pytest.raises(Stopped) as stopped:
         train(trainer, shuffled_tokens, 20, SignalAt(stop_at, number), tfdist.actions.Checkpoint(every_steps=5))
-    assert stopped.value.code == 143 and trainer.step == stop_at
+    # the steps in flight when the request is seen are done and saved
+    at = trainer.step
+    assert stopped.value.code == 143 and stop_at <= at < 20
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     resumed = language_model(strategy, steps_per_loop=3)
-    assert resumed.restore(tmp_path) == stop_at
+    assert resumed.restore(tmp_path) == at
     train(resumed, shuffled_tokens, 20, tfdist.actions.Checkpoint(every_steps=5))
     rows = read_rows(tmp_path / "metrics.jsonl", "train")
     assert [row["loss_hex"] for row in rows] == undisturbed
-    assert sorted(store.steps(tmp_path / "checkpoints")) == sorted({5, 10, stop_at, 15, 20})[-3:]
+    assert sorted(store.steps(tmp_path / "checkpoints")) == sorted({5, 10, at, 15, 20})[-3:]
     again = language_model(strategy)
     assert again.restore(tmp_path) == 20
     assert train(again, shuffled_tokens, 20) == []
@@ -304,7 +306,7 @@ def test_a_save_that_fails_is_a_warning_on_the_way_and_code_4_when_told_to_stop(
             train(trainer, shuffled_tokens, 20, SignalAt(9, signal.SIGTERM), tfdist.actions.Checkpoint(every_steps=7))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert stopped.value.code == 4 and trainer.step == 9
+    assert stopped.value.code == 4 and 9 <= trainer.step < 14
     failed = [row for row in trainer.writers[0] if row.get("name") == "checkpoint_failed"]
     assert [row["step"] for row in failed] == [7]
     assert store.latest(tmp_path / "checkpoints").step == 5
@@ -400,9 +402,9 @@ def test_a_model_or_optimizer_from_outside_the_scope_is_refused(strategy):
         make(other, model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["MultiWorkerMirrored", "ParameterServer", "TPU"])
+@pytest.mark.parametrize("name", ["ParameterServer", "TPU"])
 def test_strategies_to_come_say_so(name):
-    with pytest.raises(ValueError, match=f"{name}: not there yet; use OneDevice or Mirrored"):
+    with pytest.raises(ValueError, match=f"{name}: not there yet; use OneDevice, Mirrored or MultiWorkerMirrored"):
         getattr(tfdist, name)()
 
 

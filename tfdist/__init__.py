@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "OneDevice": "tfdist.strategies.sync",
     "Mirrored": "tfdist.strategies.sync",
-    "MultiWorkerMirrored": "tfdist.strategies.select",
+    "MultiWorkerMirrored": "tfdist.strategies.sync",
     "ParameterServer": "tfdist.strategies.select",
     "TPU": "tfdist.strategies.select",
     "from_environment": "tfdist.strategies.select",

@@ -87,7 +87,20 @@ class TrainConfig:
 @dataclasses.dataclass
 class StrategyConfig:
     kind: str = free("auto")  # auto | one_device | mirrored | multi_worker | parameter_server | tpu
-    num_devices: int = free(0)  # 0: all GPUs, else one
+    num_devices: int = free(0)  # per worker; 0: all GPUs, else one
+    reduce_dtype: str = free("float32")  # float32 | bfloat16: gradients between replicas in half the bytes, less exact
+    communication: str = free("auto")  # auto | ring | nccl: between workers
+    bytes_per_pack: int = free(0)  # gradients are reduced in packs of at least this size; 0: in one
+    communication_timeout_s: float = free(0.0)  # of one collective; 0: none, cluster.step_timeout_s watches
+
+
+@dataclasses.dataclass
+class ClusterConfig:
+    """How long the tasks of a cluster wait for each other. Timeouts are of the monotonic clock."""
+
+    start_timeout_s: float = free(300.0)  # to come to the preflight; and for import, building, compiling, saving
+    step_timeout_s: float = free(300.0)  # without a step, of training or evaluation: stuck
+    heartbeat_timeout_s: float = free(30.0)  # without a sign of life: frozen, or the network is cut
 
 
 @dataclasses.dataclass
@@ -118,6 +131,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -131,6 +145,8 @@ _CHOICES = {
     "data.tokenizer": ("bytes",),
     "train.jit_compile": ("auto", "on", "off"),
     "strategy.kind": ("auto", "one_device", "mirrored", "multi_worker", "parameter_server", "tpu"),
+    "strategy.reduce_dtype": ("float32", "bfloat16"),
+    "strategy.communication": ("auto", "ring", "nccl"),
 }
 _AT_LEAST_ONE = (
     "model.vocab_size", "model.num_layers", "model.num_heads", "model.model_dim", "data.sequence_length",
@@ -141,6 +157,7 @@ _AT_LEAST_ZERO = (
     "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",
     "optimizer.weight_decay", "train.clip_norm", "train.seed", "strategy.num_devices", "checkpoint.every_steps",
     "checkpoint.keep_every_steps", "eval.every_steps", "eval.batch_size", "eval.max_steps", "log.sample_tokens",
+    "strategy.bytes_per_pack", "strategy.communication_timeout_s",
 )  # fmt: skip
 _BELOW_ONE = ("model.dropout", "data.validation_fraction")
 
@@ -171,6 +188,9 @@ def validate(config: Config) -> Config:
     for name in _BELOW_ONE:
         if not 0 <= values[name] < 1:
             raise ValueError(f"{name}: expected 0 <= x < 1, found {values[name]}")
+    for name in ("start_timeout_s", "step_timeout_s", "heartbeat_timeout_s"):
+        if not 1 <= values[f"cluster.{name}"] < float("inf"):
+            raise ValueError(f"cluster.{name}: expected at least 1 s, found {values[f'cluster.{name}']}")
     model, train = config.model, config.train
     if train.seed >= 2**32:
         raise ValueError(f"train.seed: expected less than 2**32, found {train.seed}")
@@ -213,6 +233,12 @@ def from_json(text: str) -> Config:
                 raise ValueError(f"config.json: unknown key {section}.{name}")
             setattr(getattr(config, section), name, value)
     return config
+
+
+def cluster_facts(config: Config) -> dict[str, Any]:
+    """What every task of a cluster must be started with alike; paths may differ between machines."""
+    own = ("data.cache_dir", "data.source", "train.init_from")
+    return {f"config.{name}": value for name, value in flatten(config).items() if name not in own}
 
 
 def _match_fields(config: Config) -> dict[str, Any]:

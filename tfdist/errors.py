@@ -1,7 +1,9 @@
 """Failures with an exit code. A user's mistake is a `ValueError` whose one line says what was expected, what was found
 and how to fix it; the command line prints that line and nothing else."""
 
-DONE, INTERNAL, USAGE, DATA, CHECKPOINT, NOT_FINITE, IN_USE, CHECK_FAILED, STOPPED = 0, 1, 2, 3, 4, 5, 6, 7, 143
+DONE, INTERNAL, USAGE, DATA, CHECKPOINT, NOT_FINITE, IN_USE, CHECK_FAILED = range(8)
+# 128 and above: starting again may help
+PEER_LOST, WATCHDOG, STOPPED = 140, 142, 143
 
 
 class Failure(Exception):
@@ -32,6 +34,18 @@ class NotFiniteError(Failure, ArithmeticError):
 
 class WorkdirInUse(UserError):
     exit_code = IN_USE
+
+
+class PeerLost(Failure, ConnectionError):
+    """Another process of the cluster died, or never came."""
+
+    exit_code = PEER_LOST
+
+
+class Stuck(Failure, TimeoutError):
+    """The watchdog ended a group that did not go forward."""
+
+    exit_code = WATCHDOG
 
 
 class Stopped(SystemExit):

@@ -71,3 +71,27 @@ def all_layers(model: keras.Layer) -> list[keras.Layer]:
     What: `Layer._flatten_layers`. Why: public `Model.layers` lists the top level only. Versions: Keras 3.10-3.15.
     """
     return list(model._flatten_layers(include_self=True))
+
+
+@contextlib.contextmanager
+def worker_on_logical_cpus(num_devices: int):
+    """Inside, a MultiWorkerMirroredStrategy without GPUs is made on `num_devices` logical CPU devices.
+
+    What: `CollectiveAllReduceExtended._initialize_local_devices`. Why: on a CPU it takes one device whatever is there, so
+    several replicas per worker could be tried on GPUs only. Nothing is changed for `num_devices` below 2.
+    Versions: TensorFlow 2.19-2.21.
+    """
+    from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended as extended
+
+    if num_devices < 2:
+        yield
+        return
+    original = extended._initialize_local_devices
+    try:
+        extended._initialize_local_devices = lambda self, resolver, worker_device: (
+            tuple(f"{worker_device}/device:CPU:{i}" for i in range(num_devices)),
+            "CPU",
+        )
+        yield
+    finally:
+        extended._initialize_local_devices = original

@@ -1,12 +1,15 @@
 """One short function per command; `flags` are the parsed command-line flags."""
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
 
 from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cli import job
+from tfdist.cli.processes import workdir_of
+from tfdist.cluster.resolve import resolve
 from tfdist.errors import UserError
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
@@ -20,18 +23,24 @@ from tfdist.train import actions, evaluate
 def train(flags) -> None:
     """Trains, or goes on where the run in the workdir stopped."""
     config = flags.config
-    strategy = select.make(config.strategy)
+    strategy = select.make(config.strategy, resolve(), config.cluster)
     dataset = job.open_data(config)
+    job.agree_on_data(strategy, dataset.data_hash)
     train_data, eval_data = job.train_data(config, dataset), job.eval_data(config, dataset)
-    workdir = job.take_workdir(flags.workdir or f"runs/{Path(flags['config'].config_filename).stem}", config, flags.fresh)
+    path = flags.workdir or workdir_of([f"--config={flags['config'].config_filename}"])
+    workdir = job.take_workdir(path, config, flags.fresh) if strategy.is_chief else Workdir(path)
     trainer = job.build_trainer(config, strategy, dataset.data_hash, workdir)
     if not trainer.restore(workdir.path) and config.train.init_from:
-        job.load_weights(trainer.model, config.train.init_from)
+        if strategy.is_chief:
+            job.load_weights(trainer.model, config.train.init_from)
+        trainer.share_state()
 
     flops = count.flops_per_token(config.model, config.data.sequence_length)
     peak = meters.peak_flops(strategy.num_replicas, config.model.dtype)
-    print(f"{trainer.model.count_params():,} parameters on {strategy}; {dataset.splits['train'].tokens:,} tokens of text")
-    print(meters.formula(flops, peak), flush=True)
+    if strategy.is_chief:
+        tokens = dataset.splits["train"].tokens
+        print(f"{trainer.model.count_params():,} parameters on {strategy}; {tokens:,} tokens of text")
+        print(meters.formula(flops, peak), flush=True)
     bytes_per_token = dataset.splits["validation"].bytes_per_token
     keep = config.checkpoint
     with contextlib.closing(trainer):
@@ -42,6 +51,8 @@ def train(flags) -> None:
             actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
         ])  # fmt: skip
         actions.write_evaluation(trainer, eval_data, bytes_per_token)
+    if not strategy.is_chief:
+        return
     text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
@@ -58,10 +69,16 @@ def _sample(config, model, workdir: Workdir, step: int) -> str:
     return text
 
 
+def local_strategy(config):
+    """For what runs on this machine alone, whatever the run was trained on."""
+    kind = config.strategy.kind if config.strategy.kind in ("one_device", "mirrored") else "auto"
+    return select.make(dataclasses.replace(config.strategy, kind=kind))
+
+
 def eval(flags) -> None:
     """The loss over a whole split, each token counted once."""
     config, workdir = flags.config, Workdir(flags.workdir)
-    strategy = select.make(config.strategy)
+    strategy = local_strategy(config)
     dataset = job.open_data(config)
     model, step = job.restored_model(config, strategy, workdir)
     eval_step = evaluate.make_eval_step(
@@ -78,7 +95,7 @@ def eval(flags) -> None:
 
 def generate(flags) -> None:
     """Text that goes on from a prompt."""
-    model, _ = job.restored_model(flags.config, select.make(flags.config.strategy), Workdir(flags.workdir))
+    model, _ = job.restored_model(flags.config, local_strategy(flags.config), Workdir(flags.workdir))
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     print(generate_text(model, flags.prompt, flags.num_tokens, sampling))
 
@@ -87,7 +104,7 @@ def export(flags) -> None:
     """The newest checkpoint's model as a `.keras` file."""
     if not flags.out.endswith(".keras"):
         raise UserError(f"--out: expected a file name ending in .keras, found {flags.out!r}")
-    model, step = job.restored_model(flags.config, select.make(flags.config.strategy), Workdir(flags.workdir))
+    model, step = job.restored_model(flags.config, local_strategy(flags.config), Workdir(flags.workdir))
     export_model.to_keras(model, Path(flags.out))
     print(f"step {step}: {flags.out} ({model.count_params():,} parameters)")
     print(f"next: python -c \"import keras, tfdist.models.transformer; keras.saving.load_model('{flags.out}').summary()\"")

@@ -62,12 +62,23 @@ def build_model(config: Config, strategy: Strategy) -> TransformerLM:
         return TransformerLM(config.model, config.data.sequence_length)
 
 
+def agree_on_data(strategy: Strategy, data_hash: str) -> None:
+    """Every worker reads its own copy of the data; training on different ones must not begin. Every worker calls it."""
+    hashes = [message.decode() for message in strategy.exchange(data_hash.encode())]
+    for task, found in zip(strategy.cluster.collective, hashes, strict=False):
+        if found != hashes[0]:
+            raise UserError(
+                f"data: differs between the workers: {hashes[0][:16]} at {strategy.cluster.leader}, {found[:16]} at {task}; "
+                "give all of them the same files (data.source) and the same validation_fraction"
+            )
+
+
 def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: Workdir) -> Trainer:
     model = build_model(config, strategy)
     with strategy.scope():
         optimizer = adamw(config.optimizer, config.train.num_steps, model)
-    writers = [Terminal(config.train.num_steps)]
-    if config.log.tensorboard:
+    writers = [Terminal(config.train.num_steps)] if strategy.is_chief else []
+    if config.log.tensorboard and strategy.is_chief:
         writers.append(TensorBoard(workdir.tensorboard))
     return Trainer(
         strategy,
@@ -79,6 +90,7 @@ def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: W
         steps_per_loop=config.train.steps_per_loop,
         seed=config.train.seed,
         jit_compile=config.train.jit_compile,
+        reduce_dtype=config.strategy.reduce_dtype,
         facts={"data_hash": data_hash, "config_hash": config_hash(config, data_hash)},
         writers=writers,
     )

@@ -1,7 +1,6 @@
 """Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands only: help and usage errors are instant."""
 
 import contextlib
-import difflib
 import os
 import re
 import signal
@@ -13,7 +12,11 @@ from ml_collections import config_flags
 
 from tfdist import config, errors
 from tfdist.checkpoint.workdir import Workdir
-from tfdist.cluster.resolve import resolve
+from tfdist.cli import processes
+from tfdist.cli.usage import fail, near
+from tfdist.cluster.link import supervisor
+from tfdist.cluster.resolve import resolve, supervisor_fd
+from tfdist.cluster.spec import check_strategy
 
 USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
 
@@ -21,10 +24,15 @@ USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same ans
   tfdist eval     --workdir=runs/a                               exact loss, perplexity and bits per byte
   tfdist generate --workdir=runs/a --prompt='def '               sample from the model
   tfdist export   --workdir=runs/a --out=model.keras             the trained model as a Keras file
+  tfdist launch   --workers=2 -- train --config=...              a cluster of processes on this machine
+  tfdist launch   --workers=2 -- python script.py                the same for any TensorFlow program
+  tfdist supervise -- python script.py                           one task of a cluster (TF_CONFIG, Slurm, Kubernetes)
+  tfdist doctor                                                  what this machine, cluster and installation can do
 
 Any config value can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
 
-_COMMANDS = ("train", "eval", "generate", "export")
+_RUN_COMMANDS = ("train", "eval", "generate", "export")  # on a config or a workdir
+_COMMANDS = (*_RUN_COMMANDS, "launch", "supervise", "doctor")
 
 
 def main() -> None:
@@ -39,16 +47,19 @@ def main() -> None:
         sys.exit(errors.DONE)
     command, *rest = arguments
     if command not in _COMMANDS:
-        _fail(f"expected a command ({', '.join(_COMMANDS)}), found {command!r}{_near(command, _COMMANDS)}")
-    argv = [f"tfdist {command}", *rest]
-    _define_flags(command, argv)
-    app.run(lambda _: _run(command), argv=argv, flags_parser=lambda args: _parse(command, args))
+        fail(f"expected a command ({', '.join(_COMMANDS)}), found {command!r}{near(command, _COMMANDS)}")
+    if command in _RUN_COMMANDS:
+        argv = [f"tfdist {command}", *rest]
+        _define_flags(command, argv)
+        app.run(lambda _: _run(command, rest), argv=argv, flags_parser=lambda args: _parse(command, args))
+    else:
+        processes.main(command, rest)
 
 
 def _define_flags(command: str, argv: list[str]) -> None:
     for name in _given_overrides(argv):
         if name not in config.field_names():
-            _fail(f"unknown config key {name!r}{_near(name, config.field_names())}")
+            fail(f"unknown config key {name!r}{near(name, config.field_names())}")
     flags.DEFINE_string("workdir", "" if command == "train" else None, "the folder of the run")
     if command == "train":
         config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
@@ -57,7 +68,7 @@ def _define_flags(command: str, argv: list[str]) -> None:
     try:
         stored = _stored_config(argv)
     except errors.Failure as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     config_flags.DEFINE_config_dataclass("config", stored, "the run's config, with overrides", sys_argv=argv)
     if command == "eval":
         flags.DEFINE_enum("split", "validation", ["validation", "train"], "which split")
@@ -95,22 +106,22 @@ def _parse(command: str, argv: list[str]) -> list[str]:
         sys.exit(errors.DONE)
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
     if command == "train" and given and not os.path.isfile(given[-1]):
-        _fail(f"--config: expected a Python file with get_config(), found no file {given[-1]!r}")
+        fail(f"--config: expected a Python file with get_config(), found no file {given[-1]!r}")
     try:
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
-            _fail(f"unexpected argument {positional[1]!r}; flags look like --name=value")
+            fail(f"unexpected argument {positional[1]!r}; flags look like --name=value")
         if flags.FLAGS.workdir is None:
-            _fail("expected --workdir=FOLDER, found none")
+            fail("expected --workdir=FOLDER, found none")
         if flags.FLAGS.config is None:
-            _fail("expected --config=FILE.py, found none; for example --config=configs/lm_tiny.py")
+            fail("expected --config=FILE.py, found none; for example --config=configs/lm_tiny.py")
         config.validate(flags.FLAGS.config)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         known = [*_own_flags(), *(f"config.{key}" for key in config.field_names())]
-        _fail(f"unknown flag --{name}{_near(name, known)}")
+        fail(f"unknown flag --{name}{near(name, known)}")
     except Exception as error:  # the config file is the user's Python: whatever it raises is a config error
-        _fail(f"{' '.join(str(error).split())} ({type(error).__name__})")
+        fail(f"{' '.join(str(error).split())} ({type(error).__name__})")
     return positional
 
 
@@ -127,25 +138,31 @@ def _help(command: str) -> str:
     return "\n".join([USAGE.splitlines()[0], "", f"flags of tfdist {command}:", *own, "", "config keys, defaults:", *keys])
 
 
-def _run(command: str) -> None:
+def _run(command: str, arguments: list[str]) -> None:
     """Runs the command; every failure that a user can act on is one line and its exit code."""
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
-        _fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
+        fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up chatter
     logging.get_absl_handler().setFormatter(_Plain())
+    logging.logging.getLogger("tensorflow").setLevel("WARNING")
     # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))
     try:
-        resolve()
+        cluster = resolve()
+        if command == "train":
+            check_strategy(cluster, flags.FLAGS.config.strategy.kind)
+            if supervisor_fd() is None and (cluster.tasks or cluster.task.type == "evaluator"):
+                sys.exit(processes.supervise_training(cluster, flags.FLAGS.config, arguments))
+        supervisor()  # from here on it beats
         with _without_startup_chatter():
             from tfdist.cli import commands
 
         getattr(commands, command)(flags.FLAGS)
     except errors.Failure as error:
-        _fail(" ".join(str(error).split()), error.exit_code)
+        fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
-        _fail("stopped; the checkpoints in the workdir are as they were", errors.STOPPED)
+        fail("stopped; the checkpoints in the workdir are as they were", errors.STOPPED)
 
 
 @contextlib.contextmanager
@@ -179,18 +196,3 @@ def _given_overrides(argv: list[str]) -> list[str]:
     """`--config.a.b=1`, `--noconfig.a.b` -> `a.b`."""
     names = [argument.lstrip("-").split("=", 1)[0] for argument in argv[1:] if argument.startswith("-")]
     return [name.removeprefix("no").removeprefix("config.") for name in names if name.startswith(("config.", "noconfig."))]
-
-
-def _near(name: str, known) -> str:
-    """The nearest names; a key of another section with the same last part counts as near."""
-    last = name.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == last] + difflib.get_close_matches(name, known, n=3)
-    if not near:
-        parts = {k.rpartition(".")[2]: k for k in known}
-        near = [parts[part] for part in difflib.get_close_matches(last, parts, n=1)]
-    return f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
-
-
-def _fail(message: str, code: int = errors.USAGE) -> None:
-    print(f"tfdist: {message}", file=sys.stderr)
-    sys.exit(code)

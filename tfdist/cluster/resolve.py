@@ -35,9 +35,12 @@ def job_token(cluster: Cluster, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def supervisor_fd(environ: Mapping[str, str] = os.environ) -> int | None:
-    """The file descriptor of the socket to this process' supervisor; None when it has none."""
-    given = environ.get("TFDIST_SUPERVISOR_FD", "")
-    return int(given) if given.isdigit() else None
+    """The file descriptor of the socket to this process' supervisor; None when it has none.
+
+    TFDIST_SUPERVISOR is "fd:pid": a process that this one starts inherits the text, but is not the one that is meant.
+    """
+    fd, _, pid = environ.get("TFDIST_SUPERVISOR", "").partition(":")
+    return int(fd) if fd.isdigit() and pid == str(os.getpid()) else None
 
 
 def devices_per_worker(environ: Mapping[str, str] = os.environ) -> int:

@@ -24,7 +24,9 @@ def cluster(environ: Mapping[str, str], port: int) -> Cluster | None:
         hosts = expand_hosts(environ["SLURM_STEP_NODELIST"])
         per_node = expand_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
     except KeyError as error:
-        raise UserError(f"Slurm: expected {error.args[0]} in the environment of a step, found none; start with srun") from None
+        raise UserError(
+            f"Slurm: expected {error.args[0]} in the environment of a step, found none; start with srun"
+        ) from None
     except ValueError as error:
         raise UserError(f"Slurm: cannot read the step's environment: {error}") from None
     if len(hosts) != len(per_node) or sum(per_node) != count or not 0 <= rank < count:

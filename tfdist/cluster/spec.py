@@ -93,6 +93,20 @@ class Cluster:
         return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def check_strategy(cluster: Cluster, kind: str) -> None:
+    """Raises `TFConfigError` for a cluster that the strategy kind (`strategy.kind` of a config) cannot use."""
+    if kind in ("multi_worker", "parameter_server") and cluster.source == "nothing":
+        raise TFConfigError(
+            f"TF_CONFIG: not set; strategy.kind={kind} needs a cluster: set it in each process, or start with tfdist launch"
+        )
+    if kind == "parameter_server" and not cluster.ps:
+        raise TFConfigError(f"TF_CONFIG: cluster.ps: missing; strategy.kind={kind} needs at least one server")
+    if kind == "multi_worker" and cluster.ps:
+        raise TFConfigError(
+            f"TF_CONFIG: cluster.ps: ps needs strategy.kind=parameter_server, got {kind!r}; leave the servers out"
+        )
+
+
 def split_address(address: str) -> tuple[str, int]:
     """`"[::1]:2222"` -> `("::1", 2222)`. For addresses that `from_tf_config` accepted."""
     host, _, port = address.rpartition(":")
@@ -124,7 +138,9 @@ def _parse(text: str | bytes) -> dict[str, Any]:
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        raise TFConfigError(f"TF_CONFIG: is longer than {MAX_BYTES} bytes, got {len(text)} characters; is it the right file?")
+        raise TFConfigError(
+            f"TF_CONFIG: is longer than {MAX_BYTES} bytes, got {len(text)} characters; is it the right file?"
+        )
     if not text.strip():
         raise TFConfigError(f"TF_CONFIG: is empty, got {_short(text)}; unset it to train on this machine alone")
     brackets = re.sub(r"[^\[\]{}]+", "", _STRING.sub("", text))[:10_000]

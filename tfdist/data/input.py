@@ -10,9 +10,15 @@ from tfdist.strategies.base import DatasetFn, InputContext
 
 
 def pipeline_rows(global_batch_size: int, accumulate_steps: int, context: InputContext) -> np.ndarray:
-    """Which rows of every global batch this pipeline reads: its block of each micro-batch. Disjoint and complete."""
-    blocks = np.array_split(np.arange(global_batch_size), accumulate_steps)
-    return np.concatenate([np.array_split(block, context.pipelines)[context.pipeline] for block in blocks])
+    """Which rows of every global batch this pipeline reads: its block of each micro-batch. Disjoint and complete.
+
+    The blocks are those of one device: micro-batch m is the m-th contiguous block, replica after replica.
+    """
+    share = -(-global_batch_size // (accumulate_steps * context.replicas))  # rows per micro-batch and replica
+    mine, everyone = share * context.replicas // context.pipelines, share * context.replicas
+    starts = np.arange(accumulate_steps) * everyone + context.pipeline * mine
+    rows = (starts[:, None] + np.arange(mine)).reshape(-1)
+    return rows[rows < global_batch_size]
 
 
 def num_windows(split: Split, sequence_length: int) -> int:

@@ -7,17 +7,19 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
+from tfdist.cluster.spec import Cluster
+
 
 class InputContext:
     """What a `dataset_fn` is told. Its dataset yields, per element, this pipeline's rows of one global batch.
 
-    `pipeline` of `pipelines`: which input pipeline this is; one per worker. `replicas`: over all workers.
+    `pipeline` of `pipelines`: which input pipeline this is; one per worker. `replicas`: over all workers, as many in each.
     `start_step`: the first element must be the one of this step; a function that never looks at it gets
     `Dataset.skip(start_step)`.
     """
 
-    def __init__(self, pipeline: int = 0, pipelines: int = 1, replicas: int = 1, start_step: int = 0):
-        self.pipeline, self.pipelines, self.replicas = pipeline, pipelines, replicas
+    def __init__(self, pipeline: int = 0, pipelines: int = 1, replicas: int = 0, start_step: int = 0):
+        self.pipeline, self.pipelines, self.replicas = pipeline, pipelines, replicas or pipelines
         self._start_step, self.start_step_was_read = start_step, False
 
     @property
@@ -39,11 +41,13 @@ class Batch(NamedTuple):
     valid: tf.Tensor  # scalar bool: False once the input has ended
 
 
-# One replica's step: (its batch, its local replica index) -> scalars that are equal on every replica.
-# The key "valid" says whether any replica still had input.
-ReplicaStep = Callable[[Batch, int], dict[str, tf.Tensor]]
+# One replica's step: (its batch, whether its process was asked to stop, its local replica index) -> scalars that are
+# equal on every replica. The key "valid" says whether any replica still had input, "stop" whether any process was asked
+# to stop: with that step the loop ends, on all of them.
+ReplicaStep = Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
 
-# (iterator, n) -> (per-step scalars, each of shape [done]; done). done < n only at the end of the input.
+# (iterator, n) -> (per-step scalars, each of shape [done]; done). done < n at the end of the input, or when a process
+# was asked to stop: then the last entry of "stop" is 1.
 Steps = Callable[[Any, int], tuple[dict[str, np.ndarray], int]]
 
 
@@ -51,8 +55,10 @@ class Strategy(Protocol):
     """A cluster of devices that trains one model. Constructed by every worker; the chief alone writes."""
 
     tf_strategy: tf.distribute.Strategy
-    cluster: Any  # the processes that train together; None: this one alone
+    cluster: Cluster  # the processes that train together
+    num_workers: int
     num_replicas: int  # over all workers
+    first_replica: int  # the global index of this process' replica 0
     is_chief: bool  # the one process that writes
 
     def scope(self) -> AbstractContextManager:
@@ -67,8 +73,20 @@ class Strategy(Protocol):
     def local_replicas(self) -> int:
         """How many replicas this process drives."""
 
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Everybody's message (at most 1,000 bytes each), in the order of the workers. Every worker calls it."""
+
+    def broadcast(self, data: bytes) -> bytes:
+        """The chief's data, on every worker; what the others pass is not looked at. Every worker calls it."""
+
     def barrier(self) -> None:
         """Returns when every worker has come here."""
+
+    def request_stop(self, requested: bool = True) -> None:
+        """Asks the running loop to end after the step in flight, on every worker. From any thread."""
+
+    def progress(self) -> tuple[int, int]:
+        """(batches fetched, steps done) of all loops so far, also while one runs. From any thread."""
 
     def close(self) -> None:
         """Gives back what the strategy holds. It cannot be used afterwards."""

@@ -20,7 +20,28 @@ def mirrored_devices(num_devices: int) -> list[str]:
         if num_devices > len(gpus):
             raise UserError(f"strategy.num_devices: expected at most {len(gpus)} (the GPUs here), found {num_devices}")
         return [f"GPU:{i}" for i in range(num_devices or len(gpus))]
-    num_devices = num_devices or 1
+    _logical_cpus(num_devices or 1, "tfdist.Mirrored")
+    return [f"CPU:{i}" for i in range(num_devices or 1)]
+
+
+def worker_devices(num_devices: int) -> tuple[int, int]:
+    """(GPUs, logical CPU devices) of one worker; one of the two is 0. `num_devices` 0: all GPUs, else one CPU device.
+
+    Raises `ValueError` like `mirrored_devices`.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        _logical_cpus(num_devices or 1, "tfdist.MultiWorkerMirrored")
+        return 0, num_devices or 1
+    if num_devices > len(gpus):
+        raise UserError(f"strategy.num_devices: expected at most {len(gpus)} (the GPUs here), found {num_devices}")
+    if num_devices:
+        tf.config.set_visible_devices(gpus[:num_devices], "GPU")
+    return num_devices or len(gpus), 0
+
+
+def _logical_cpus(num_devices: int, strategy: str) -> None:
+    """Asks TensorFlow for that many CPU devices, which it grants only before it has started."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     configured = len(tf.config.get_logical_device_configuration(cpu) or [None])
     if configured < num_devices:
@@ -29,6 +50,5 @@ def mirrored_devices(num_devices: int) -> list[str]:
         except RuntimeError:
             raise UserError(
                 f"expected {num_devices} logical CPU devices, found {configured}, and TensorFlow has already started; "
-                "make tfdist.Mirrored before any other TensorFlow work"
+                f"make {strategy} before any other TensorFlow work"
             ) from None
-    return [f"CPU:{i}" for i in range(num_devices)]

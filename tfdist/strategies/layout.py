@@ -31,11 +31,15 @@ def unpack(element) -> tuple:
     return element if len(element) == 3 else (*element, None)
 
 
-def lay_out(dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, replicas: int) -> tf.data.Dataset:
+def lay_out(
+    dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, replicas: int, first_replica: int, all_replicas: int
+) -> tf.data.Dataset:
     """One `Batch` per step with a leading axis of the local replicas, then endless invalid ones.
 
-    Micro-batch m is the m-th contiguous block of the rows, split over the replicas; rows that fill up the last places
-    repeat the last real row with weight 0, so that a loss that is finite on the data stays finite.
+    `num_rows`: at most this many rows in any pipeline's element. `replicas` of `all_replicas` are here, from global
+    replica `first_replica` on. Micro-batch m is the m-th contiguous block of the global batch, split over all replicas;
+    rows that fill up the last places repeat the last real row with weight 0, so that a loss that is finite on the data
+    stays finite.
     """
     share = -(-num_rows // (accumulate_steps * replicas))  # rows per micro-batch and replica
     places = share * accumulate_steps * replicas
@@ -58,8 +62,9 @@ def lay_out(dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, repl
             weight = tf.where(mask, weight, tf.zeros_like(weight))
         x, y = tf.nest.map_structure(lambda t: _fill(t, place, found), (x, y))
         by_replica = tf.nest.map_structure(_by_replica, (x, y, weight))
-        first_row = tf.range(0, places, share, dtype=tf.int64)
-        first_row = tf.transpose(tf.reshape(first_row, [accumulate_steps, replicas]))
+        everywhere = tf.range(0, share * accumulate_steps * all_replicas, share, dtype=tf.int64)
+        everywhere = tf.transpose(tf.reshape(everywhere, [accumulate_steps, all_replicas]))
+        first_row = everywhere[first_replica : first_replica + replicas]
         return Batch(*by_replica, first_row, tf.ones([replicas], tf.bool))
 
     def _fill(tensor, place, found):

@@ -3,21 +3,18 @@
 import tensorflow as tf
 
 from tfdist.cluster.resolve import resolve
-from tfdist.config import StrategyConfig
+from tfdist.cluster.spec import Cluster, check_strategy
+from tfdist.config import ClusterConfig, StrategyConfig
 from tfdist.errors import UserError
 from tfdist.strategies.base import Strategy
-from tfdist.strategies.sync import Mirrored, OneDevice
+from tfdist.strategies.sync import Mirrored, MultiWorkerMirrored, OneDevice
 
 
 class _NotThereYet:
     """Foreseen in the interface of `base.Strategy`, and refused until it comes."""
 
     def __init__(self, *args, **kwargs):
-        raise UserError(f"{type(self).__name__}: not there yet; use OneDevice or Mirrored")
-
-
-class MultiWorkerMirrored(_NotThereYet):
-    """Several processes, each with its devices, configured through TF_CONFIG."""
+        raise UserError(f"{type(self).__name__}: not there yet; use OneDevice, Mirrored or MultiWorkerMirrored")
 
 
 class ParameterServer(_NotThereYet):
@@ -28,10 +25,24 @@ class TPU(_NotThereYet):
     """All cores of a TPU."""
 
 
-def make(config: StrategyConfig) -> Strategy:
-    """The strategy of a config. `auto`: all GPUs if there are several, else one device."""
-    several = len(tf.config.list_physical_devices("GPU")) > 1 or config.num_devices > 1
-    kind = config.kind if config.kind != "auto" else ("mirrored" if several else "one_device")
+def kind_for(config: StrategyConfig, cluster: Cluster) -> str:
+    """Resolves `auto`: the cluster first, then the devices of this machine (one of them: one_device)."""
+    if config.kind != "auto":
+        return config.kind
+    if cluster.task.type != "evaluator":
+        if cluster.ps:
+            return "parameter_server"
+        if len(cluster.collective) > 1:
+            return "multi_worker"
+    several = config.num_devices > 1 or (config.num_devices == 0 and len(tf.config.list_physical_devices("GPU")) > 1)
+    return "mirrored" if several else "one_device"
+
+
+def make(config: StrategyConfig, cluster: Cluster | None = None, waiting: ClusterConfig | None = None) -> Strategy:
+    """The strategy of a config. Without `cluster` this process is alone."""
+    cluster, waiting = cluster or Cluster(), waiting or ClusterConfig()
+    kind = kind_for(config, cluster)
+    check_strategy(cluster, kind)
     if kind == "one_device":
         if config.num_devices > 1:
             raise UserError(
@@ -40,10 +51,18 @@ def make(config: StrategyConfig) -> Strategy:
         return OneDevice()
     if kind == "mirrored":
         return Mirrored(config.num_devices)
-    return {"multi_worker": MultiWorkerMirrored, "parameter_server": ParameterServer, "tpu": TPU}[kind]()
+    if kind == "multi_worker":
+        return MultiWorkerMirrored(
+            cluster,
+            num_devices=config.num_devices,
+            communication=config.communication,
+            bytes_per_pack=config.bytes_per_pack,
+            timeout_s=config.communication_timeout_s,
+            start_timeout_s=waiting.start_timeout_s,
+        )
+    return {"parameter_server": ParameterServer, "tpu": TPU}[kind]()
 
 
 def from_environment() -> Strategy:
-    """The strategy for where this program runs: TF_CONFIG first, then the devices of this machine."""
-    resolve()
-    return make(StrategyConfig())
+    """The strategy for where this program runs: the cluster first (TF_CONFIG, Slurm, Kubernetes), then the devices."""
+    return make(StrategyConfig(), resolve())

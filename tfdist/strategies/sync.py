@@ -1,6 +1,9 @@
 """The synchronous strategies: every replica takes part in every step. They differ only in how they are built."""
 
 import contextlib
+import functools
+import signal
+import threading
 from typing import Any
 
 import keras
@@ -8,57 +11,92 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfdist.errors import UserError
-from tfdist.strategies import devices, layout
+from tfdist import patches
+from tfdist.cluster import preflight, resolve
+from tfdist.cluster.link import supervisor
+from tfdist.cluster.spec import Cluster, check_strategy
+from tfdist.errors import PeerLost, UserError
+from tfdist.strategies import devices, layout, messages
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
 
 class Synchronous:
     """The shared implementation of `base.Strategy`; see there for the methods."""
 
-    def __init__(self, tf_strategy: tf.distribute.Strategy):
+    def __init__(self, tf_strategy: tf.distribute.Strategy, cluster: Cluster | None = None):
         if keras.backend.backend() != "tensorflow":
             raise UserError(
                 f"expected the Keras backend tensorflow, found {keras.backend.backend()}; "
                 "set KERAS_BACKEND=tensorflow before Keras is imported"
             )
         self.tf_strategy = tf_strategy
-        self.cluster = None
+        self.cluster = cluster or Cluster()
+        workers = self.cluster.collective or (self.cluster.task,)
+        self.num_workers, self.worker = len(workers), workers.index(self.cluster.task)
         self.num_replicas = tf_strategy.num_replicas_in_sync
-        self.is_chief = True
+        self.first_replica = self.worker * self.local_replicas()
+        self.is_chief = self.worker == 0
+        with tf.device("CPU:0"):
+            self._stop = tf.Variable(0, dtype=tf.int32, trainable=False)
+            self._batches = tf.Variable(0, dtype=tf.int64, trainable=False)
+            self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
+        supervisor().watch(self.progress)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_replicas={self.num_replicas})"
+        workers = f", num_workers={self.num_workers}" if self.num_workers > 1 else ""
+        return f"{type(self).__name__}(num_replicas={self.num_replicas}{workers})"
 
     @contextlib.contextmanager
     def scope(self):
-        with self.tf_strategy.scope():
+        with self.tf_strategy.scope(), self._peers():
             yield self
 
+    @contextlib.contextmanager
+    def _peers(self):
+        """A collective that breaks because somebody else is gone is `PeerLost`, not a bug of this process."""
+        try:
+            yield
+        except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
+                tf.errors.DeadlineExceededError) as error:  # fmt: skip
+            if self.num_workers == 1:
+                raise
+            reason = " ".join(error.message.split())[:200]
+            raise PeerLost(f"another worker is lost: {reason}") from error
+
     def local_replicas(self) -> int:
-        return self.num_replicas
+        return len(self.tf_strategy.extended.worker_devices)
+
+    # ---- input ----
 
     def distribute(self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0) -> Any:
-        context = InputContext(replicas=self.num_replicas, start_step=start_step)
+        context = self._input_context(start_step)
         dataset = dataset_fn(context)
         num_rows = layout.static_rows(dataset)
         if num_rows is None:  # from the very first batch, so that a resumed run lays its batches out alike
-            num_rows = layout.first_rows(dataset_fn(InputContext(replicas=self.num_replicas)))
+            num_rows = layout.first_rows(dataset_fn(self._input_context()))
+        num_rows = max(int(rows) for rows in self.exchange(str(num_rows).encode()))
         if start_step and not context.start_step_was_read:
             logging.info("dataset_fn does not use start_step: reading and dropping the first %d batches", start_step)
             dataset = dataset.skip(start_step)
-        laid_out = layout.lay_out(dataset, num_rows, accumulate_steps, self.local_replicas())
+        laid_out = layout.lay_out(
+            dataset, num_rows, accumulate_steps, self.local_replicas(), self.first_replica, self.num_replicas
+        )
         laid_out = laid_out.prefetch(2).with_options(_without_autotune())
         # not TensorFlow's distributed iterator: on CPU devices it makes every step wait for its threads (half of an
         # evaluation step on two replicas); here each replica takes its slice of one element
         return iter(laid_out)
 
+    def _input_context(self, start_step: int = 0) -> InputContext:
+        return InputContext(self.worker, self.num_workers, self.num_replicas, start_step)
+
+    # ---- steps ----
+
     def make_steps(self, replica_step: ReplicaStep) -> Steps:
         names: list[str] = []  # filled while the loop is traced
 
-        def on_replica(batches):
+        def on_replica(batches, stop):
             replica = _local_replica(self.tf_strategy)
-            return replica_step(tf.nest.map_structure(lambda t: t[replica], batches), replica)
+            return replica_step(tf.nest.map_structure(lambda t: t[replica], batches), stop, replica)
 
         def one_step(iterator):
             asked_s = tf.timestamp()
@@ -66,12 +104,18 @@ class Synchronous:
                 batches = next(iterator)
             with tf.control_dependencies(tf.nest.flatten(batches)):
                 data_wait_s = tf.timestamp() - asked_s
-            outputs = self.tf_strategy.run(on_replica, args=(batches,))
+                fetched = self._batches.assign_add(1)
+            with tf.control_dependencies([fetched]):  # a request that comes while waiting for the input counts
+                stop = self._stop.read_value()
+            outputs = self.tf_strategy.run(on_replica, args=(batches, stop))
             outputs = {name: self.tf_strategy.experimental_local_results(v)[0] for name, v in outputs.items()}
             outputs["data_wait_s"] = data_wait_s
             valid = tf.cast(outputs.pop("valid"), tf.bool)
             names[:] = list(outputs)
-            return valid, tf.stack([tf.cast(value, tf.float64) for value in outputs.values()])
+            row = tf.stack([tf.cast(value, tf.float64) for value in outputs.values()])
+            with tf.control_dependencies([row, valid]):
+                self._steps.assign_add(1)
+            return valid, tf.cast(outputs["stop"], tf.bool), row
 
         @tf.function(autograph=False)
         def loop(iterator, n):
@@ -79,9 +123,9 @@ class Synchronous:
                 return tf.logical_and(done < n, tf.logical_not(ended))
 
             def body(done, _, table):
-                valid, row = one_step(iterator)
+                valid, stop, row = one_step(iterator)
                 table = tf.cond(valid, lambda: table.write(done, row), lambda: table)
-                return done + tf.cast(valid, tf.int32), tf.logical_not(valid), table
+                return done + tf.cast(valid, tf.int32), tf.logical_or(tf.logical_not(valid), stop), table
 
             table = tf.TensorArray(tf.float64, size=0, dynamic_size=True, clear_after_read=False)
             # one step at a time, or the clock of data_wait_s would start while the step before still runs
@@ -89,16 +133,52 @@ class Synchronous:
             return done, table.stack()
 
         def steps(iterator, n: int) -> tuple[dict[str, np.ndarray], int]:
-            done, table = loop(iterator, tf.constant(n, tf.int32))
-            done, columns = int(done), table.numpy().T
+            with self._peers():
+                done, table = loop(iterator, tf.constant(n, tf.int32))
+                done, columns = int(done), table.numpy().T
             if not done:
                 return {name: np.zeros([0]) for name in names}, 0
             return dict(zip(names, columns, strict=True)), done
 
         return steps
 
+    def request_stop(self, requested: bool = True) -> None:
+        self._stop.assign(int(requested))
+
+    def progress(self) -> tuple[int, int]:
+        return int(self._batches.numpy()), int(self._steps.numpy())
+
+    # ---- between the workers ----
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        if self.num_workers == 1:
+            return [message]
+        return messages.exchange(self._sum_over_workers, message, self.worker, self.num_workers)
+
+    def broadcast(self, data: bytes) -> bytes:
+        if self.num_workers == 1:
+            return data
+        return messages.broadcast(self._sum_over_workers, data, self.worker, self.num_workers)
+
     def barrier(self) -> None:
-        """One process: nobody to wait for."""
+        self.exchange(b"")
+
+    def _sum_over_workers(self, array: np.ndarray) -> np.ndarray:
+        with self._peers():
+            return self._sum(tf.constant(array, tf.float32)).numpy()
+
+    @functools.cached_property
+    def _sum(self):
+        def on_replica(array):
+            # counts once per worker; an argument itself has no device, which the reduction asks for
+            array = tf.zeros_like(array) if _local_replica(self.tf_strategy) else tf.identity(array)
+            return tf.distribute.get_replica_context().all_reduce("SUM", array)
+
+        @tf.function(autograph=False)
+        def total(array):
+            return self.tf_strategy.experimental_local_results(self.tf_strategy.run(on_replica, args=(array,)))[0]
+
+        return total
 
     def close(self) -> None:
         """TensorFlow frees devices with the process; nothing to give back."""
@@ -119,6 +199,61 @@ class Mirrored(Synchronous):
 
     def __init__(self, num_devices: int = 0):
         super().__init__(tf.distribute.MirroredStrategy(devices.mirrored_devices(num_devices)))
+
+
+class MultiWorkerMirrored(Synchronous):
+    """Several processes, each with its devices. Every worker makes it, before any other TensorFlow work.
+
+    Args:
+        cluster: who trains together; default: what the environment says (TF_CONFIG, Slurm, Kubernetes).
+        num_devices: replicas per worker. 0: all GPUs, else one; more on a CPU are logical devices, for trying things out.
+        communication: "auto", "ring" (gRPC) or "nccl" (GPUs).
+        bytes_per_pack: gradients are reduced in packs of at least this size; 0: in one.
+        timeout_s: of one collective; 0: none, a supervisor watches over the steps.
+        start_timeout_s: how long to wait for the others when no supervisor has met them already.
+
+    Raises `UserError` when the cluster has no other process or TensorFlow has already started, and `PeerLost` when
+    another worker does not come.
+    """
+
+    def __init__(
+        self, cluster: Cluster | None = None, *, num_devices: int = 0, communication: str = "auto",
+        bytes_per_pack: int = 0, timeout_s: float = 0.0, start_timeout_s: float = 300.0,
+    ):  # fmt: skip
+        cluster = cluster or resolve.resolve()
+        num_devices = num_devices or resolve.devices_per_worker()
+        check_strategy(cluster, "multi_worker")
+        if cluster.task.type == "evaluator":
+            raise UserError(
+                "MultiWorkerMirrored: expected a chief or a worker, found an evaluator, which trains with nobody"
+            )
+        if not supervisor().is_there and len(cluster.tasks) > 1:
+            preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
+        handler = signal.getsignal(signal.SIGTERM)
+        options = tf.distribute.experimental.CommunicationOptions(
+            bytes_per_pack=bytes_per_pack,
+            timeout_seconds=timeout_s or None,
+            implementation=tf.distribute.experimental.CommunicationImplementation[communication.upper()],
+        )
+        num_gpus, num_cpus = devices.worker_devices(num_devices)
+        with patches.worker_on_logical_cpus(num_cpus):
+            members = {job: addresses for job, addresses in cluster.jobs().items() if job in ("chief", "worker")}
+            tf_cluster = tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec(members), task_type=cluster.task.type, task_id=cluster.task.index, rpc_layer="grpc",
+                num_accelerators={"GPU": num_gpus},
+            )  # fmt: skip
+            try:
+                tf_strategy = tf.distribute.MultiWorkerMirroredStrategy(tf_cluster, options)
+            except RuntimeError as error:
+                if "startup" not in str(error) and "initialized" not in str(error):
+                    raise
+                raise UserError(
+                    "expected tfdist.MultiWorkerMirrored before any other TensorFlow work, found that TensorFlow has "
+                    "already started (a tensor, a variable or another strategy was made); make the strategy first"
+                ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # TensorFlow has put a C handler there that swallows the signal
+        super().__init__(tf_strategy, cluster)
 
 
 def _without_autotune() -> tf.data.Options:

@@ -80,8 +80,10 @@ class Evaluate(Every):
 
 
 def write_evaluation(trainer: "Trainer", dataset_fn: DatasetFn, bytes_per_token: float, max_steps: int = 0):
-    """Evaluates now and writes the row. Returns the result."""
+    """Evaluates now and writes the row, unless a stop request cuts it short. Returns the result."""
     result = trainer.evaluate(dataset_fn, max_steps)
+    if not result.complete:
+        return result
     row = {
         "kind": "eval",
         "step": trainer.step,
@@ -111,6 +113,8 @@ class Checkpoint(Every):
         if not (turn.last or self.is_due(turn.step)) or turn.step == self.saved_step:
             return
         started_s = time.perf_counter()
+        if not trainer.strategy.is_chief:
+            return
         try:
             path = trainer.save()
         except CheckpointError as error:
@@ -141,7 +145,7 @@ class StopIfNotFinite:
         for i, skipped in enumerate(turn.outputs.get("skipped", ())):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row >= self.max_skipped_steps:
-                if trainer.workdir is not None:
+                if trainer.workdir is not None and trainer.strategy.is_chief:
                     try:
                         trainer.save()
                     except CheckpointError as error:

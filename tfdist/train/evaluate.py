@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfdist import patches
 from tfdist.strategies.base import Batch, ReplicaStep, Steps, Strategy
-from tfdist.train.step import LossFn, weighted_loss
+from tfdist.train.step import LossFn, all_reduce, weighted_loss
 
 _STEPS_PER_TURN = 50
 
@@ -20,6 +20,7 @@ class EvalResult:
     loss: float  # sum(loss x weight) / sum(weight); nats per token for a language model
     weight: float
     tokens: int  # elements with weight
+    complete: bool = True  # False: a stop request cut it short
 
     @property
     def perplexity(self) -> float:
@@ -41,21 +42,22 @@ def make_eval_step(strategy: Strategy, model: keras.Model, loss_fn: LossFn, jit_
 
         local = tf.function(local_sums, jit_compile=True, autograph=False) if jit_compile else local_sums
 
-        def eval_step(batch: Batch) -> dict[str, tf.Tensor]:
-            sums = tf.distribute.get_replica_context().all_reduce("SUM", local(batch))
-            loss_sum, weight, tokens, valid = tf.unstack(sums)
-            return {"loss_sum": loss_sum, "weight": weight, "tokens": tokens, "valid": valid > 0}
+        def eval_step(batch: Batch, stop: tf.Tensor) -> dict[str, tf.Tensor]:
+            sums = local(batch)
+            (sums,) = all_reduce([tf.concat([sums, tf.cast(stop, sums.dtype)[None]], 0)])
+            loss_sum, weight, tokens, valid, stopped = tf.unstack(sums)
+            return {"loss_sum": loss_sum, "weight": weight, "tokens": tokens, "valid": valid > 0, "stop": stopped > 0}
 
         return eval_step
 
     replicas = [step_of(replica) for replica in range(strategy.local_replicas())]
-    return lambda batch, replica: replicas[replica](batch)
+    return lambda batch, stop, replica: replicas[replica](batch, stop)
 
 
 def run(steps: Steps, iterator: Any, max_steps: int = 0) -> EvalResult:
     """Reads the input to its end, or `max_steps` batches (0: no limit). Adds up in float64 on the host."""
     loss_sum = weight = tokens = 0.0
-    taken = 0
+    taken, stopped = 0, False
     while True:
         n = min(_STEPS_PER_TURN, max_steps - taken) if max_steps else _STEPS_PER_TURN
         outputs, done = steps(iterator, n)
@@ -63,6 +65,7 @@ def run(steps: Steps, iterator: Any, max_steps: int = 0) -> EvalResult:
         weight += math.fsum(outputs["weight"])
         tokens += math.fsum(outputs["tokens"])
         taken += done
-        if done < n or taken == max_steps:
+        stopped = outputs["stop"].any()
+        if stopped or done < n or taken == max_steps:
             break
-    return EvalResult(loss_sum / weight if weight else math.nan, weight, round(tokens))
+    return EvalResult(loss_sum / weight if weight else math.nan, weight, round(tokens), not stopped)

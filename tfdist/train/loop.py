@@ -46,13 +46,16 @@ def run(trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Act
     """Trains up to step `num_steps`, the end of the input, or a stop. Returns the step reached."""
     first = step = trainer.step  # the one host sync per turn
     ended, outputs = False, {}
-    while step < num_steps and not ended and not stop.requested:
+    # a stop is seen in the outputs, where all workers agree on the step; this process' own request may be earlier
+    while step < num_steps and not ended:
         steps_per_loop = trainer.steps_per_loop if step > first else 1  # the first turn compiles: time it by itself
         n = next_stop(step, num_steps, steps_per_loop, actions) - step
+        trainer.phase("train" if step > first else "compile")
         started_s = time.perf_counter()
         outputs, done = trainer.train_steps(iterator, n)
         turn = Turn(step, step + done, num_steps, outputs, time.perf_counter() - started_s)
-        step, ended = advance(trainer.state, step, done), done < n
+        stop.requested |= bool(outputs["stop"].any())
+        step, ended = advance(trainer.state, step, done), done < n or bool(outputs["stop"].any())
         for action in actions:
             action.maybe(trainer, turn)
     # a stop can come at any time, also while an action runs: saving at the end does not depend on when

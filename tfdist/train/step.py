@@ -21,6 +21,7 @@ LossFn = Callable[[object, object], tf.Tensor]
 class StepOptions:
     clip_norm: float = 0.0  # clip the reduced gradient to this global norm; 0: off
     seed: int = 0  # of every dropout mask
+    reduce_dtype: str = ""  # gradients cross the network in this type, "bfloat16" halves them; "": in their own
     jit_compile: bool = True  # XLA for forward and backward, and for the update; never for collectives
 
 
@@ -38,24 +39,39 @@ def make_train_step(strategy: Strategy, state: TrainState, loss_fn: LossFn, opti
         @on_components
         def local_sums(batch: Batch):
             before = [tf.identity(variable.value) for variable in state.written_by_forward]
-            return *accumulate(state, loss_fn, batch, options.seed, replica), before
+            return *accumulate(state, loss_fn, batch, options.seed, strategy.first_replica + replica), before
 
         @on_components
         def update(gradients, stats, before):
             return apply_sums(state, gradients, stats, before, options)
 
-        def train_step(batch: Batch) -> dict[str, tf.Tensor]:
+        def train_step(batch: Batch, stop: tf.Tensor) -> dict[str, tf.Tensor]:
             gradients, stats, before = local_sums(batch)
             connected = [gradient for gradient in gradients if gradient is not None]
             if not connected:
                 raise UserError("expected a loss that depends on the model's trainable variables, found no gradient at all")
-            *reduced, stats = tf.distribute.get_replica_context().all_reduce("SUM", [*connected, stats])
-            return update(restore_gaps(reduced, gradients), stats, before)
+            stats = tf.concat([stats, tf.cast(stop, stats.dtype)[None]], 0)
+            *reduced, stats = all_reduce([*connected, stats], options.reduce_dtype)
+            return update(restore_gaps(reduced, gradients), stats[:-1], before) | {"stop": stats[-1] > 0}
 
         return train_step
 
     replicas = [step_of(replica) for replica in range(strategy.local_replicas())]
-    return lambda batch, replica: replicas[replica](batch)
+    return lambda batch, stop, replica: replicas[replica](batch, stop)
+
+
+def all_reduce(tensors: list[tf.Tensor], gradient_dtype: str = "") -> list[tf.Tensor]:
+    """Sums over all replicas. One collective for each dtype, and all in one if they share it; the last tensor is never
+    cast."""
+    narrow = [tf.cast(t, gradient_dtype) for t in tensors[:-1]] if gradient_dtype else tensors[:-1]
+    narrow = [*narrow, tensors[-1]]
+    reduced: list = [None] * len(tensors)
+    for dtype in dict.fromkeys(t.dtype for t in narrow):
+        places = [i for i, t in enumerate(narrow) if t.dtype == dtype]
+        sums = tf.distribute.get_replica_context().all_reduce("SUM", [narrow[i] for i in places])
+        for i, total in zip(places, sums, strict=True):
+            reduced[i] = tf.cast(total, tensors[i].dtype)
+    return reduced
 
 
 def restore_gaps(reduced: list, gradients: list) -> list:

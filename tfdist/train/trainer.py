@@ -13,6 +13,7 @@ from absl import logging
 from tfdist import __version__
 from tfdist.checkpoint import store
 from tfdist.checkpoint.workdir import Workdir
+from tfdist.cluster.link import supervisor
 from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.metrics.writers import JsonLines, Terminal, Writer
 from tfdist.strategies import support
@@ -33,6 +34,8 @@ class Trainer:
         steps_per_loop: at most this many steps in one compiled loop.
         seed: of dropout masks. Must stay the same over restarts.
         jit_compile: "auto", "on" or "off": XLA for forward, backward and update inside each replica.
+        reduce_dtype: "float32" leaves gradients as they are, "bfloat16" sends half the bytes between replicas and is
+            outside of the equality with one device.
         facts: entries for the manifest of every checkpoint that a restored one must equal (the command line puts the
             hashes of its config and data here); `seed` is always among them.
         writers: where rows go besides the workdir's metrics.jsonl; default: lines on the terminal.
@@ -43,7 +46,8 @@ class Trainer:
     def __init__(
         self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: step.LossFn, *,
         clip_norm: float = 0.0, accumulate_steps: int = 1, steps_per_loop: int = 20, seed: int = 0,
-        jit_compile: str = "auto", facts: Mapping[str, Any] | None = None, writers: Sequence[Writer] | None = None,
+        jit_compile: str = "auto", reduce_dtype: str = "float32", facts: Mapping[str, Any] | None = None,
+        writers: Sequence[Writer] | None = None,
     ):  # fmt: skip
         support.check(strategy, model, optimizer, clip_norm)
         if accumulate_steps < 1 or steps_per_loop < 1:
@@ -54,10 +58,17 @@ class Trainer:
         self.accumulate_steps, self.steps_per_loop, self.seed = accumulate_steps, steps_per_loop, seed
         self.facts = {"seed": seed, **(facts or {})}
         self.writers: list[Writer] = [Terminal()] if writers is None else list(writers)
+        if not strategy.is_chief:
+            self.writers = []
+        self._has_evaluated = False
+        supervisor().phase("build")
         self.workdir: Workdir | None = None
         self.state = TrainState(strategy, model, optimizer)
         self.jit_compile = support.jit_compile(jit_compile, model)
-        options = step.StepOptions(clip_norm, seed, self.jit_compile)
+        if reduce_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"reduce_dtype: expected float32 or bfloat16, found {reduce_dtype!r}")
+        narrow = reduce_dtype if reduce_dtype != "float32" and strategy.num_replicas > 1 else ""
+        options = step.StepOptions(clip_norm, seed, narrow, self.jit_compile)
         self.train_steps = strategy.make_steps(step.make_train_step(strategy, self.state, loss, options))
         self.eval_steps = strategy.make_steps(evaluate.make_eval_step(strategy, model, loss, self.jit_compile))
 
@@ -67,13 +78,17 @@ class Trainer:
         return int(self.state.step.numpy())
 
     def restore(self, workdir: str | Path) -> int:
-        """Takes the workdir for this process and loads its newest good checkpoint, if there is one. Returns the step.
+        """Takes the workdir for this run and loads its newest good checkpoint, if there is one. Returns the step.
 
+        Every worker calls it; the chief reads, the others get the values from it and need no common file system.
         Raises `WorkdirInUse`, or `CheckpointError` when there are checkpoints and none of them can be used.
         """
+        self.phase("restore")
         self.workdir = Workdir(workdir)
-        self.workdir.lock()
-        found = store.latest(self.workdir.checkpoints)
+        found = None
+        if self.strategy.is_chief:
+            self.workdir.lock()
+            found = store.latest(self.workdir.checkpoints)
         if found is not None:
             for name, value in self.facts.items():
                 if found.manifest.get(name) != value:
@@ -82,12 +97,30 @@ class Trainer:
                         "a resumed run needs the same; --fresh, or another workdir, starts anew"
                     )
             load(self.state.values(), found.arrays(), str(found.path))
-        self.writers = [w for w in self.writers if not isinstance(w, JsonLines)] + [JsonLines(self.workdir.metrics)]
+        self.share_state(found is not None)
+        if self.strategy.is_chief:
+            self.writers = [w for w in self.writers if not isinstance(w, JsonLines)] + [JsonLines(self.workdir.metrics)]
         self.write({"kind": "event", "name": "restore" if found else "start", "step": self.step, **versions()})
         return self.step
 
+    def share_state(self, changed: bool = True) -> None:
+        """Every worker takes the chief's values of everything that a checkpoint holds; all of them call it. `changed`:
+        whether the chief's differ from what all started with."""
+        if self.strategy.num_workers == 1:
+            return
+        values = self.state.values()
+        whole = b"".join(np.asarray(v.numpy()).tobytes() for v in values.values()) if changed else b""
+        whole = self.strategy.broadcast(whole)
+        start = 0
+        for variable in values.values() if whole and not self.strategy.is_chief else ():
+            dtype = np.dtype(variable.dtype)
+            count = int(np.prod(variable.shape, dtype=np.int64))
+            variable.assign(np.frombuffer(whole, dtype, count, start).reshape(variable.shape))
+            start += count * dtype.itemsize
+
     def save(self) -> Path:
-        """Writes a checkpoint of this step. Raises `CheckpointError` when the disk does not take it."""
+        """Writes a checkpoint of this step; for the chief alone. Raises `CheckpointError` when the disk does not take it."""
+        self.phase("save")
         if self.workdir is None:
             raise UserError("expected a workdir to save to, found none; call trainer.restore(workdir) first")
         arrays = {key: np.asarray(variable.numpy()) for key, variable in self.state.values().items()}
@@ -99,7 +132,8 @@ class Trainer:
         SIGTERM and Ctrl-C save through the `Checkpoint` action and raise `Stopped` (exit code 143; 4 if that failed).
         The handlers that were there before are put back.
         """
-        with StopRequest().installed() as stop:
+        with StopRequest(self.strategy.request_stop).installed() as stop:
+            self.strategy.request_stop(False)  # one that came too late for the run before
             if self.step < num_steps:
                 iterator = self.strategy.distribute(dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step)
                 try:
@@ -109,14 +143,23 @@ class Trainer:
                         raise
                     logging.error("%s", error or "interrupted while saving; the last good checkpoint is kept")
                     raise Stopped(CheckpointError.exit_code) from error
+            self.strategy.barrier()  # nobody leaves before the chief has saved
             if stop.requested:
                 self.write({"kind": "event", "name": "stop", "step": self.step})
                 raise Stopped
+        self.phase("finish")
         return self.step
 
     def evaluate(self, dataset_fn: DatasetFn, max_steps: int = 0) -> evaluate.EvalResult:
         """The weighted mean loss over a finite dataset, each element counted once; `max_steps` batches of it if not 0."""
-        return evaluate.run(self.eval_steps, self.strategy.distribute(dataset_fn), max_steps)
+        self.phase("evaluate" if self._has_evaluated else "compile")
+        result = evaluate.run(self.eval_steps, self.strategy.distribute(dataset_fn), max_steps)
+        self._has_evaluated = True
+        return result
+
+    def phase(self, name: str) -> None:
+        """Tells the supervisor, if there is one, what this process does now."""
+        supervisor().phase(name, self.step)
 
     def close(self) -> None:
         """Closes the writers; the workdir stays locked until the process ends."""

@@ -1,0 +1,161 @@
+"""`tfdist launch`, `tfdist supervise`, and the supervisor of `tfdist train` in a cluster. No TensorFlow."""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+
+from tfdist import config, errors
+from tfdist.cli.usage import fail, near
+from tfdist.cluster.preflight import versions
+from tfdist.cluster.resolve import job_token, resolve
+from tfdist.cluster.spec import Cluster
+from tfdist.launch import launcher, supervisor
+from tfdist.launch.watchdog import Limits
+
+_PROGRAM = [sys.executable, "-m", "tfdist.cli"]
+_OWN_COMMANDS = ("train", "eval", "generate", "export", "doctor")
+
+_HELP = {
+    "launch": """tfdist launch --workers=N [flags] -- train --config=...
+tfdist launch --workers=N [flags] -- python x.py
+
+One cluster on this machine: a process for each task, its output with a prefix, whole logs in WORKDIR/logs. The first
+failure stops all of them and is reported as the cause.""",
+    "supervise": """tfdist supervise [flags] -- python x.py
+
+One task of a cluster (TF_CONFIG, Slurm, Kubernetes): meets the others, runs the program, and ends it when it hangs or
+another task is lost. `tfdist train` does this by itself.""",
+    "doctor": """tfdist doctor [--json] [--workdir=FOLDER]
+
+What this machine, cluster and installation can do. In every task of a cluster: how fast they reduce.""",
+}
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Parses and runs; ends the process."""
+    given = _define(command)
+    own, program = _split(arguments)
+    if {"--help", "-h", "-help", "--helpfull"} & set(own):
+        print(
+            _HELP[command], "", "flags:", *(f"  --{n.replace('_', '-')}: {given[n].help}" for n in sorted(given)), sep="\n"
+        )
+        sys.exit(errors.DONE)
+    try:
+        positional = given([f"tfdist {command}", *own])
+    except flags.UnrecognizedFlagError as error:
+        fail(f"unknown flag --{error.flagname}{near(error.flagname, list(given))}")
+    except flags.Error as error:
+        fail(" ".join(str(error).split()))
+    if len(positional) > 1:
+        fail(f"unexpected argument {positional[1]!r}; the program to start comes after --")
+    logging.get_absl_handler().setFormatter(logging.PythonFormatter("tfdist: warning: %(message)s"))
+    try:
+        sys.exit({"launch": _launch, "supervise": _supervise, "doctor": _doctor}[command](given, program))
+    except errors.Failure as error:
+        fail(" ".join(str(error).split()), error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(errors.STOPPED)
+
+
+def _define(command: str) -> flags.FlagValues:
+    given = flags.FlagValues()
+    if command == "launch":
+        flags.DEFINE_integer("workers", None, "how many worker processes", lower_bound=1, flag_values=given)
+        flags.DEFINE_integer("ps", 0, "how many parameter servers; the chief is one more", lower_bound=0, flag_values=given)
+        flags.DEFINE_bool("evaluator", False, "one more process, which evaluates every checkpoint", flag_values=given)
+        flags.DEFINE_integer("devices_per_worker", 0, "GPUs (else logical CPU devices) of each worker; 0: an even share",
+                             lower_bound=0, flag_values=given)  # fmt: skip
+        flags.DEFINE_integer("max_restarts", 0, "how often to start again after a failure", lower_bound=0, flag_values=given)
+        flags.DEFINE_string(
+            "log_dir", "", "folder of the logs; default: WORKDIR/logs of train, else logs", flag_values=given
+        )
+    if command in ("launch", "supervise"):
+        waiting = config.ClusterConfig()
+        for name, what in (("start", "to come to the start"), ("step", "without a step"), ("heartbeat", "without a sign")):
+            flags.DEFINE_float(f"{name}_timeout_s", getattr(waiting, f"{name}_timeout_s"), f"seconds {what}; of train: "
+                               f"--config.cluster.{name}_timeout_s", lower_bound=1.0, flag_values=given)  # fmt: skip
+    if command == "doctor":
+        flags.DEFINE_bool("json", False, "one JSON object instead of a table", flag_values=given)
+        flags.DEFINE_string("workdir", ".", "the folder whose disk is measured", flag_values=given)
+    return given
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags before `--` (with - or _ in their names), the program after it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own = []
+    for argument in arguments[:end]:
+        name, equals, value = argument.partition("=")
+        own.append((name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value)
+    return own, arguments[end + 1 :]
+
+
+# ---- launch ----
+
+
+def _launch(given: flags.FlagValues, program: list[str]) -> int:
+    if given.workers is None:
+        fail("expected --workers=N, found none; for example tfdist launch --workers=2 -- train --config=configs/lm_tiny.py")
+    if not program:
+        fail("expected a program after --, found none; for example -- train --config=configs/lm_tiny.py, or -- python x.py")
+    if "TF_CONFIG" in os.environ:
+        fail("TF_CONFIG: expected none (launch makes a cluster on this machine), found one; unset it, or start the program "
+             "itself in each task")  # fmt: skip
+    is_train = program[0] == "train"
+    limits = [f"--{name}_timeout_s={given[f'{name}_timeout_s'].value}" for name in ("start", "step", "heartbeat")]
+    command = [*_PROGRAM, *program] if is_train else [*_PROGRAM, "supervise", *limits, "--", *program]
+    log_dir = Path(given.log_dir or (workdir_of(program) / "logs" if is_train else "logs"))
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log_dir: cannot write to {log_dir}: {error.strerror}")
+    return launcher.run(launcher.Group(
+        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
+    ))  # fmt: skip
+
+
+def workdir_of(arguments: list[str]) -> Path:
+    """The workdir of a `train` command line: --workdir, else runs/<name of the config>."""
+
+    def last(name: str) -> str:
+        values = [a.split("=", 1)[1] for a in arguments if a.startswith((f"--{name}=", f"-{name}="))]
+        values += [b for a, b in zip(arguments, arguments[1:], strict=False) if a in (f"--{name}", f"-{name}")]
+        return values[-1] if values else ""
+
+    return Path(last("workdir") or f"runs/{Path(last('config') or 'run').stem}")
+
+
+# ---- one task ----
+
+
+def supervise_training(cluster: Cluster, settings: config.Config, arguments: list[str]) -> int:
+    """Runs `tfdist train` with the same arguments as a supervised child. Returns its exit code."""
+    limits = Limits(**{name: getattr(settings.cluster, name) for name in Limits.__dataclass_fields__})
+    facts = versions() | config.cluster_facts(settings)
+    return _run(cluster, [*_PROGRAM, "train", *arguments], facts, limits)
+
+
+def _supervise(given: flags.FlagValues, program: list[str]) -> int:
+    if not program:
+        fail("expected a program after --, found none; for example tfdist supervise -- python x.py")
+    limits = Limits(**{name: given[name].value for name in Limits.__dataclass_fields__})
+    command = [*_PROGRAM, *program] if program[0] in _OWN_COMMANDS else program
+    return _run(resolve(), command, versions(), limits)
+
+
+def _run(cluster: Cluster, command: list[str], facts: dict, limits: Limits) -> int:
+    job = supervisor.Job(cluster, job_token(cluster), command, facts, limits, **supervisor.from_launcher())
+    return supervisor.run(job)
+
+
+# ---- doctor ----
+
+
+def _doctor(given: flags.FlagValues, program: list[str]) -> int:
+    if program:
+        fail(f"unexpected argument {program[0]!r}")
+    from tfdist import doctor
+
+    return doctor.run(given.workdir, as_json=given.json)

@@ -1,0 +1,22 @@
+"""How a mistake on the command line is answered: one line, the nearest names, exit code 2."""
+
+import difflib
+import sys
+from collections.abc import Collection
+
+from tfdist import errors
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """The nearest names; a key of another section with the same last part counts as near."""
+    last = name.rpartition(".")[2]
+    names = [k for k in known if k.rpartition(".")[2] == last] + difflib.get_close_matches(name, known, n=3)
+    if not names:
+        parts = {k.rpartition(".")[2]: k for k in known}
+        names = [parts[part] for part in difflib.get_close_matches(last, parts, n=1)]
+    return f"; did you mean {', '.join(dict.fromkeys(names))}?" if names else ""
+
+
+def fail(message: str, code: int = errors.USAGE) -> None:
+    print(f"tfdist: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,390 @@
+"""Everybody meets everybody before TensorFlow is imported, because TensorFlow waits an hour for a peer that is not there.
+
+Each task listens on its own port, connects to every task (itself too, at the address that it advertises) and compares
+what must be equal. When all have met all, the leader says "go" and the ports are free for TensorFlow. Plain sockets.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import importlib.metadata
+import ipaddress
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from tfdist.cluster import ports
+from tfdist.cluster.spec import Cluster, Task, split_address
+from tfdist.cluster.wire import MAX_LINE_BYTES, Connection, connect
+from tfdist.errors import STOPPED, Failure, PeerLost, UserError
+
+_HELLO_S = 5.0  # a connection that does not introduce itself is closed
+_CONNECT_S = 3.0
+_RETRY_S = 0.2
+_PORT_RETRY_S = 3.0  # the process that had the port before may still be dying
+_OWN_ERROR_FIRST_S = 0.5
+
+
+class Disagreement(UserError):
+    """Two tasks were started differently; both find it."""
+
+
+class ToldToStop(Failure):
+    """A peer was told to stop before training began: so is everyone."""
+
+    exit_code = STOPPED
+
+
+def versions() -> dict[str, str]:
+    """Versions that must be equal on every task; read from package metadata, nothing is imported."""
+    found = {}
+    for name in ("tfdist", "tensorflow", "keras"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[f"version of {name}"] = importlib.metadata.version(name)
+    return found
+
+
+def meet(cluster: Cluster, token: str, timeout_s: float) -> None:
+    """Meets all peers and lets go of them. For programs without a supervisor; blocks, in a thread of its own because the
+    caller may be inside an event loop (a notebook)."""
+    failed: list[BaseException] = []
+
+    async def run() -> None:
+        meeting = Meeting(cluster, token, versions())
+        try:
+            await meeting.run(timeout_s)
+        finally:
+            await meeting.close()
+
+    def body() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+class Meeting:
+    """One task's side. `facts` are compared by name; differing ones are named in the error."""
+
+    def __init__(self, cluster: Cluster, token: str, facts: Mapping[str, Any]):
+        self.cluster, self.token, self.facts = cluster, token, dict(facts)
+        self.me, self.nonce = cluster.task, secrets.token_hex(8)
+        self.came: dict[Task, tuple[str, Connection]] = {}  # they reached me: nonce, connection
+        self.reached: dict[Task, Connection] = {}  # I reached them
+        self.ready: set[Task] = set()  # on the leader: who has met everyone
+        self.reasons: dict[Task, str] = {}  # why a task has not been reached yet
+        self.own_error: Failure | None = None
+        self.told: Failure | None = None  # another task's error
+        self.go = False
+        self.changed = asyncio.Event()
+        self.tasks: list[asyncio.Task] = []
+        self.server: asyncio.Server | None = None
+
+    async def run(self, timeout_s: float) -> dict[Task, Connection]:
+        """Returns the connections that stay open: the leader's to everyone, everyone else's to the leader.
+
+        Raises the error that concerns this task: its own first, then what another task said.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            for task in self.cluster.tasks:
+                self.tasks.append(asyncio.ensure_future(self._reach(task)))
+            await self._listen(deadline_s)
+            while not self.go:
+                remaining_s = deadline_s - time.monotonic()
+                if remaining_s <= 0:
+                    self._fail(self._incomplete(timeout_s))
+                if self.own_error or self.told:
+                    await self._raise()
+                self._tell_leader()
+                if self.go:
+                    break
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.changed.wait(), remaining_s)
+                self.changed.clear()
+        except asyncio.CancelledError:
+            self._tell_everyone(f"{self.me} was told to stop", "stop")
+            raise
+        self._stop_listening()
+        if self.cluster.is_chief:
+            kept = {task: connection for task, (_, connection) in self.came.items() if task != self.me}
+        else:
+            kept = {self.cluster.leader: self.reached[self.cluster.leader]}
+        self._close_all_but(kept.values())
+        return kept
+
+    async def close(self) -> None:
+        """Closes everything; what was said last is still sent."""
+        self.go = True  # nobody is reached again
+        self._stop_listening()
+        await asyncio.gather(*self._close_all_but([]))
+
+    def _close_all_but(self, kept) -> list[asyncio.Task]:
+        kept = {id(connection) for connection in kept}
+        connections = [*self.reached.values(), *(connection for _, connection in self.came.values())]
+        return [asyncio.ensure_future(c.close()) for c in connections if id(c) not in kept]
+
+    # ---- my port ----
+
+    async def _listen(self, deadline_s: float) -> None:
+        port = split_address(self.cluster.address(self.me))[1]
+        give_up_s = min(time.monotonic() + _PORT_RETRY_S, deadline_s)
+        while True:
+            try:
+                listener = ports.listen(port)
+                break
+            except OSError as error:
+                if time.monotonic() >= give_up_s:
+                    self._fail(UserError(f"{self.me}: port {port} is taken by {ports.holder(port)} ({error.strerror}); "
+                                         "stop it, or give this task another port"))  # fmt: skip
+                    return
+                await asyncio.sleep(_RETRY_S)
+        self.server = await asyncio.start_server(self._welcome, sock=listener, limit=MAX_LINE_BYTES)
+
+    def _stop_listening(self) -> None:
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+
+    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection, peer = Connection(reader, writer), None
+        try:
+            hello = await asyncio.wait_for(connection.receive(), _HELLO_S)
+            peer = self._introduced(hello)
+            if peer is None:  # nobody of this job
+                # one that seems to be of this job, with a mistake in its TF_CONFIG, must find the mistake as well
+                connection.send(self._hello() if self.own_error else {"refused": "another job"})
+                await connection.close()
+                return
+            connection.send(self._hello())
+            known = self.came.get(peer)
+            if known is not None and known[0] != hello["nonce"]:
+                self._fail(Disagreement(f"{peer} runs twice: {self._who(hello)} came as well; start each task once"))
+                return
+            self.came[peer] = (hello["nonce"], connection)
+            self.changed.set()
+            await self._read(peer, connection)
+        except asyncio.TimeoutError:
+            await connection.close()
+        if peer is not None and not self.go and self.came.get(peer, ("", None))[1] is connection:
+            del self.came[peer]
+            self.ready.discard(peer)
+
+    # ---- the others ----
+
+    async def _reach(self, task: Task) -> None:
+        host, port = split_address(self.cluster.address(task))
+        while not self.go:
+            try:
+                connection = await connect(host, port, _CONNECT_S)
+                self._warn_if_public(task, connection)
+                connection.send(self._hello())
+                hello = await asyncio.wait_for(connection.receive(), _HELLO_S)
+            except socket.gaierror:
+                self.reasons[task] = f"cannot resolve {host}"
+            except asyncio.TimeoutError:
+                self.reasons[task] = "no answer (timed out)"
+            except OSError as error:
+                self.reasons[task] = (error.strerror or str(error)).lower()
+            else:
+                if self._answered(task, hello):
+                    self.reached[task] = connection
+                    self.changed.set()
+                    await self._read(task, connection)
+                    if self.go:
+                        return
+                    del self.reached[task]
+                    self.reasons[task] = "it came and went away again"
+                await connection.close()
+            await asyncio.sleep(_RETRY_S)
+
+    def _answered(self, task: Task, hello: dict[str, Any] | None) -> bool:
+        """Whether the right process is at a task's address."""
+        address = self.cluster.address(task)
+        if hello is not None and "refused" in hello:
+            self.reasons[task] = f"{address} answers for another job (TFDIST_JOB_TOKEN differs?)"
+            return False
+        found = self._introduced(hello)
+        if found is None:
+            self.reasons[task] = "what answers there is no tfdist task of this job"
+            return False
+        if found != task:
+            self._fail(Disagreement(f"{self.me}: expected {task} at {address}, found {found} ({self._who(hello)}); "
+                                    "every task needs the same cluster and its own task.index"))  # fmt: skip
+            return False
+        if task == self.me and hello["nonce"] != self.nonce:
+            host = split_address(address)[0]
+            self._fail(Disagreement(
+                f"{self.me} meets another {self.me} at its own address {address} ({self._who(hello)}): it runs twice, or "
+                f"{host} is not an address of this machine"
+            ))  # fmt: skip
+            return False
+        return True
+
+    async def _read(self, task: Task, connection: Connection) -> None:
+        """What a peer says after its hello; once training has begun, into the connection's inbox."""
+        async for message in connection.messages():
+            if self.go:
+                connection.inbox.put_nowait(message)
+                continue
+            if "error" in message and task != self.me:
+                self._hear(task, str(message["error"])[:2000], message.get("kind"))
+            if message.get("ready") is True:
+                self.ready.add(task)
+            if message.get("go") is True and task == self.cluster.leader:
+                self.go = True
+            self.changed.set()
+        connection.inbox.put_nowait(None)
+
+    def _hear(self, task: Task, error: str, kind: Any) -> None:
+        if self.told is None:
+            if kind == "stop":
+                self.told = ToldToStop(error)
+            elif kind == "disagreement":
+                self.told = Disagreement(error)
+            else:
+                self.told = PeerLost(error if error.startswith(str(task)) else f"{task}: {error}")
+
+    # ---- hello ----
+
+    def _hello(self) -> dict[str, Any]:
+        return {
+            "token": self.token, "nonce": self.nonce, "task": [self.me.type, self.me.index], "pid": os.getpid(),
+            "host": socket.gethostname(), "cluster": self._members(self.cluster.jobs()), "facts": self.facts,
+        }  # fmt: skip
+
+    @staticmethod
+    def _members(jobs: dict[str, Any]) -> dict[str, Any]:
+        return {job: addresses for job, addresses in jobs.items() if job != "evaluator"}
+
+    def _introduced(self, hello: dict[str, Any] | None) -> Task | None:
+        """Who says hello; None for a stranger. One of us who differs in what must be equal is an error of ours too."""
+        try:
+            token, (job, index), cluster, facts = hello["token"], hello["task"], hello["cluster"], dict(hello["facts"])
+            peer = Task(str(job)[:20], int(index))
+            hello["nonce"] = str(hello["nonce"])
+            jobs = {str(job): [str(address) for address in addresses] for job, addresses in cluster.items()}
+        except (TypeError, ValueError, KeyError, AttributeError):
+            return None
+        if not hmac.compare_digest(str(token).encode(), self.token.encode()):
+            unnamed = self.token == self.cluster.identity() and token == _identity(jobs)
+            if unnamed:  # no token was given on either side: most likely one job, with a mistake in a TF_CONFIG
+                self._cluster_differs(jobs, f"{peer} ({self._who(hello)})")
+            return None
+        if jobs != self._members(self.cluster.jobs()):
+            self._cluster_differs(jobs, str(peer))
+        for name in sorted(self.facts.keys() | facts.keys()):
+            mine, theirs = self.facts.get(name, "missing"), facts.get(name, "missing")
+            if mine != theirs:
+                values = f"{mine!r:.80} at {self.me}, {theirs!r:.80} at {peer}"
+                self._fail(Disagreement(f"{name} differs: {values}; start all tasks with the same"))
+                break
+        return peer
+
+    def _cluster_differs(self, theirs: dict[str, list[str]], whose: str) -> None:
+        difference = _difference(self._members(self.cluster.jobs()), theirs)
+        self._fail(
+            Disagreement(f"{self.me}: the cluster differs: {difference} at {whose}; give every task the same cluster")
+        )
+
+    def _who(self, hello: dict[str, Any]) -> str:
+        return f"process {str(hello.get('pid'))[:10]} on {str(hello.get('host'))[:80]}"
+
+    # ---- the end ----
+
+    def _tell_leader(self) -> None:
+        """When I have met everyone; the leader: when all have."""
+        everyone = set(self.cluster.tasks)
+        if not (everyone <= self.came.keys() and everyone <= self.reached.keys()):
+            return
+        if not self.cluster.is_chief:
+            self.reached[self.cluster.leader].send({"ready": True})
+        elif everyone - self.ready <= {self.me}:
+            for task, (_, connection) in self.came.items():
+                if task != self.me:
+                    connection.send({"go": True})
+            self.go = True
+
+    def _fail(self, error: Failure) -> None:
+        if self.own_error is None:
+            self.own_error = error
+            self._tell_everyone(str(error), _kind(error))
+            self.changed.set()
+
+    def _tell_everyone(self, error: str, kind: str) -> None:
+        for connection in [*self.reached.values(), *(connection for _, connection in self.came.values())]:
+            connection.send({"error": error, "kind": kind})
+
+    async def _raise(self) -> None:
+        if self.own_error is None:
+            await asyncio.sleep(_OWN_ERROR_FIRST_S)  # mine may be on its way
+        else:
+            # someone may be connecting right now; it should hear the reason, not find a closed door
+            known = len(self.came) + len(self.reached)
+            await asyncio.sleep(_OWN_ERROR_FIRST_S)
+            if len(self.came) + len(self.reached) > known:
+                self._tell_everyone(str(self.own_error), _kind(self.own_error))
+        raise self.own_error or self.told
+
+    def _incomplete(self, timeout_s: float) -> Failure:
+        address = self.cluster.address(self.me)
+        if self.me not in self.reached:
+            host = split_address(address)[0]
+            reason = self.reasons.get(self.me, "no answer")
+            if reason.startswith("cannot resolve"):
+                return UserError(f"{self.me}: {reason}, its own host; mend the address {address} or the name service")
+            return UserError(
+                f"{self.me}: {host} is not an address of this machine: it could not meet itself at {address} within "
+                f"{timeout_s:g} s ({reason}); give the address that others reach it at"
+            )
+        missing = []
+        for task in self.cluster.tasks:
+            if task not in self.reached:
+                missing.append(f"{task} ({self.cluster.address(task)}: {self.reasons.get(task, 'no answer')})")
+            elif task not in self.came:
+                missing.append(f"{task} (is there, but has not reached {self.me} at {address}: a firewall?)")
+        missing = missing or [f"{task} (has not met everyone)" for task in self.cluster.tasks if task not in self.ready]
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        return PeerLost(f"{self.me}: not everyone came within {timeout_s:g} s; missing: {', '.join(missing[:8])}{more}")
+
+    def _warn_if_public(self, task: Task, connection: Connection) -> None:
+        address = connection.writer.get_extra_info("peername")[0].partition("%")[0]
+        if ipaddress.ip_address(address).is_global and not self.reasons.get(task, "").startswith("public"):
+            logging.warning(
+                "%s is at the public address %s: TensorFlow's traffic is neither encrypted nor authenticated; use a private "
+                "network (SECURITY.md)", task, address,
+            )  # fmt: skip
+
+
+def _kind(error: Failure) -> str:
+    """Both sides of a disagreement find it, with the same exit code; of another error the peers are only told."""
+    return "disagreement" if isinstance(error, Disagreement) else "own"
+
+
+def _identity(jobs: dict[str, list[str]]) -> str:
+    known = {job: tuple(addresses) for job, addresses in jobs.items() if job in ("chief", "worker", "ps")}
+    return Cluster(**known).identity()
+
+
+def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """The first place where two clusters differ."""
+    for job in sorted(mine.keys() | theirs.keys()):
+        here, there = list(mine.get(job, [])), list(theirs.get(job, []))
+        if len(here) != len(there):
+            return f"cluster.{job} has {len(here)} here, {len(there)}"
+        for i, (a, b) in enumerate(zip(here, there, strict=True)):
+            if a != b:
+                return f"cluster.{job}[{i}] is {a!r:.80} here, {b!r:.80}"
+    return "equal members in another form"

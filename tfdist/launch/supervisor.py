@@ -1,0 +1,346 @@
+"""The small process over one task's training process: meets the others, starts it, watches it, ends it. No TensorFlow.
+
+Beats go child -> supervisor (socket pair) -> the leader's supervisor (the connection left from the preflight). The
+leader judges (watchdog.py) and tells all how it ends. An end of file on any of these connections ends the child.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tfdist.cluster.preflight import Meeting, ToldToStop
+from tfdist.cluster.spec import Cluster, Task
+from tfdist.cluster.wire import Connection
+from tfdist.errors import DONE, PEER_LOST, STOPPED, Failure
+from tfdist.launch import restarts
+from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, judge
+
+LAUNCHER_FD = "TFDIST_LAUNCHER_FD"  # names the socket to the launcher; its end of file is the launcher's end
+MAX_RESTARTS = "TFDIST_MAX_RESTARTS"
+_TICK_S = 0.1
+_STATUS_EVERY_S = 0.5
+_STACKS_S = 1.0  # time to write stacks between SIGUSR1 and SIGKILL
+_NOTHING_TO_SAVE = ("start", "import", "build", "exit")  # phases in which a stop need not wait
+_STOP_GRACE_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a supervisor is given. `launcher_fd` and `max_restarts` come from the launcher, if there is one."""
+
+    cluster: Cluster
+    token: str
+    command: Sequence[str]
+    facts: Mapping[str, Any]  # what must be equal on every task
+    limits: Limits
+    max_restarts: int = 0  # of a process that restarts alone
+    launcher_fd: int | None = None  # a socket to the launcher; its end of file is the launcher's death
+
+
+def run(job: Job) -> int:
+    """Supervises the task to its end. Returns the exit code."""
+    return asyncio.run(Supervisor(job).run())
+
+
+def from_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, int | None]:
+    """What a launcher put into the environment of its supervisors, as fields of `Job`."""
+    fd, restarts = environ.get(LAUNCHER_FD, ""), environ.get(MAX_RESTARTS, "0")
+    return {"launcher_fd": int(fd) if fd else None, "max_restarts": int(restarts)}
+
+
+class Supervisor:
+    def __init__(self, job: Job):
+        self.job, self.me = job, job.cluster.task
+        now_s = time.monotonic()
+        self.is_member = self.me in job.cluster.tasks  # an evaluator is not
+        self.is_leader = job.cluster.is_chief or not self.is_member
+        watched = job.cluster.tasks if job.cluster.is_chief else (self.me,)
+        self.seen = {task: Seen(task, now_s, now_s) for task in watched}
+        self.peers: dict[Task, Connection] = {}
+        self.leader_heard_s = now_s
+        self.child: Child | None = None
+        self.verdict: Verdict | None = None
+        self.stopping = False
+        self.kill_now = False
+        self.budget = restarts.Budget(job.max_restarts)
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        main = asyncio.current_task()
+        meeting = None
+
+        def on_signal() -> None:
+            if self.stopping:
+                self.kill_now = True
+            elif self.child is None:
+                self.stopping = True
+                main.cancel()
+            else:
+                self._stop(tell=True)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, on_signal)
+        launcher = asyncio.ensure_future(self._watch_launcher())
+        try:
+            if self.is_member:
+                meeting = Meeting(self.job.cluster, self.job.token, self.job.facts)
+                self.peers = await meeting.run(self.job.limits.start_timeout_s)
+            now_s = time.monotonic()
+            for seen in self.seen.values():
+                seen.heard_s = seen.moved_s = now_s
+            self.leader_heard_s = now_s
+            self._start_child()
+            readers = [asyncio.ensure_future(self._listen(task, peer)) for task, peer in self.peers.items()]
+            verdict = await self._watch()
+            await self._end(verdict)
+            for reader in readers:
+                reader.cancel()
+            return verdict.exit_code
+        except asyncio.CancelledError:
+            self._say("told to stop before training began")
+            self._report(Verdict(STOPPED, "stopped", self.me))
+            return STOPPED
+        except ToldToStop as error:
+            self._say(f"{error}, so this task stops too")
+            self._report(Verdict(STOPPED, "stopped", None))
+            return STOPPED
+        except Failure as error:
+            self._say(" ".join(str(error).split()))
+            self._report(Verdict(error.exit_code, str(error), None if error.exit_code == PEER_LOST else self.me))
+            return error.exit_code
+        finally:
+            launcher.cancel()
+            if self.child is not None:
+                self.child.kill()
+            if meeting is not None:
+                await meeting.close()
+
+    # ---- watching ----
+
+    async def _watch(self) -> Verdict:
+        """Ticks until somebody knows how this ends."""
+        said_s = 0.0
+        while True:
+            now_s = time.monotonic()
+            mine = self.seen[self.me]
+            self._hear_child(mine, now_s)
+            if self.kill_now:
+                self.child.kill()
+            if now_s - said_s >= _STATUS_EVERY_S or mine.exit_code is not None:
+                said_s = now_s
+                self._send_status(mine)
+            if self.is_leader and self.verdict is None:
+                self.verdict = judge(list(self.seen.values()), self.job.limits, now_s)
+            elif not self.is_leader and now_s - self.leader_heard_s > self.job.limits.heartbeat_timeout_s:
+                leader, silent_s = self.job.cluster.leader, now_s - self.leader_heard_s
+                message = f"{leader} is silent for {silent_s:.1f} s: its supervisor is frozen or the network is cut"
+                self.verdict = Verdict(PEER_LOST, message, leader, mine.step, stacks=True)
+            if self.verdict is not None:
+                return self.verdict
+            await asyncio.sleep(_TICK_S if mine.exit_code is None else _TICK_S / 4)
+
+    def _hear_child(self, mine: Seen, now_s: float) -> None:
+        """Takes over the child's beats and its end; starts one that restarts alone again."""
+        child = self.child
+        child.read()
+        mine.hear(child.status(now_s), now_s)
+        if self.stopping and mine.phase in _NOTHING_TO_SAVE and now_s - child.stop_sent_s > _STOP_GRACE_S:
+            child.kill()
+        code = child.poll()
+        if code is None or mine.exit_code is not None:
+            return
+        if self.stopping and (self.kill_now or mine.phase in _NOTHING_TO_SAVE):
+            code = STOPPED  # it had nothing to save, or nobody wanted to wait
+        role = (self.me.type, bool(self.job.cluster.ps))
+        if code not in (DONE, STOPPED) and restarts.POLICY[role] == restarts.ALONE and not self.stopping:
+            wait_s = self.budget.next_start_in_s(code, describe_exit(code), mine.step)
+            if wait_s is not None:
+                self._say(f"{self.me} {describe_exit(code)}; it starts again in {wait_s:g} s "
+                          f"({self.budget.used} of {self.budget.max_restarts} restarts)")  # fmt: skip
+                self._start_child(wait_s)
+                mine.moved_s = now_s + wait_s
+                return
+        mine.exit_code, mine.exited_s = code, now_s
+        if code == STOPPED:  # it was told to by somebody else than this supervisor
+            self._stop(tell=True)
+
+    def _send_status(self, mine: Seen) -> None:
+        if self.is_leader:
+            for peer in self.peers.values():
+                peer.send({"alive": True})
+            return
+        now_s = time.monotonic()
+        status = {
+            "phase": mine.phase, "step": mine.step, "batches": mine.batches, "steps": mine.steps, "ticks": mine.ticks,
+            "silent_s": None if mine.beat_s is None else now_s - mine.beat_s, "suspended": mine.suspended,
+            "exit_code": mine.exit_code,
+        }  # fmt: skip
+        self.peers[self.job.cluster.leader].send({"status": status})
+
+    async def _listen(self, task: Task, peer: Connection) -> None:
+        """The leader hears statuses; the others hear the leader."""
+        while (message := await peer.inbox.get()) is not None:
+            now_s = time.monotonic()
+            if not self.is_leader:
+                self.leader_heard_s = now_s
+            if "status" in message and self.is_leader:
+                seen = self.seen[task]
+                with contextlib.suppress(TypeError, ValueError):
+                    seen.hear(message["status"], now_s)
+                    code = message["status"].get("exit_code")
+                    if code is not None and seen.exit_code is None:
+                        seen.exit_code, seen.exited_s = int(code), now_s
+            if message.get("stop") is True:
+                self._stop(tell=self.is_leader)
+            if "end" in message and not self.is_leader and self.verdict is None:
+                end = message["end"]
+                blamed = Task(*end["task"]) if end["task"] else None
+                self.verdict = Verdict(
+                    int(end["exit_code"]), str(end["message"]), blamed, int(end["step"]), bool(end["stacks"])
+                )
+        seen = self.seen.get(task)
+        if self.verdict is None and not (seen is not None and seen.exit_code is not None):
+            step = self.seen[self.me].step
+            self.verdict = Verdict(PEER_LOST, f"{task} is lost: its supervisor is gone", task, step)
+
+    # ---- stopping and ending ----
+
+    def _stop(self, tell: bool) -> None:
+        """Everybody saves the same step: the training processes agree on it among themselves."""
+        if self.stopping:
+            return
+        self.stopping = True
+        if self.child is not None:
+            self.child.stop()
+        if tell:
+            for peer in self.peers.values():
+                peer.send({"stop": True})
+
+    async def _end(self, verdict: Verdict) -> None:
+        """Tells everyone, ends the child, says one line."""
+        if self.is_leader:
+            blamed = [verdict.task.type, verdict.task.index] if verdict.task else None
+            end = {"exit_code": verdict.exit_code, "message": verdict.message, "task": blamed, "step": verdict.step,
+                   "stacks": verdict.stacks}  # fmt: skip
+            for peer in self.peers.values():
+                peer.send({"end": end})
+        if verdict.stacks and self.child.poll() is None:
+            await self.child.write_stacks()
+        self.child.kill()
+        if verdict.exit_code not in (DONE, STOPPED):
+            self._say(f"{verdict.message}; the group was stopped")
+        self._report(verdict)
+
+    def _say(self, text: str) -> None:
+        print(f"tfdist: {text}", file=sys.stderr, flush=True)
+
+    # ---- child and launcher ----
+
+    def _start_child(self, wait_s: float = 0.0) -> None:
+        self.child = Child(self.job.command, wait_s)
+        self._tell_launcher({"child": self.child.pid})
+
+    def _report(self, verdict: Verdict) -> None:
+        task = [verdict.task.type, verdict.task.index] if verdict.task else None
+        self._tell_launcher({"end": {"exit_code": verdict.exit_code, "message": verdict.message, "task": task,
+                                     "step": verdict.step}})  # fmt: skip
+
+    def _tell_launcher(self, message: dict[str, Any]) -> None:
+        if self.job.launcher_fd is not None:
+            with contextlib.suppress(OSError):
+                os.write(self.job.launcher_fd, json.dumps(message).encode() + b"\n")
+
+    async def _watch_launcher(self) -> None:
+        """When the launcher dies, even by SIGKILL, nothing of its group may stay."""
+        if self.job.launcher_fd is None:
+            return
+        gone = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(self.job.launcher_fd, lambda: gone.done() or gone.set_result(None))
+        await gone  # it never writes: only an end of file wakes this
+        if self.child is not None:
+            self.child.kill()
+        os._exit(PEER_LOST)
+
+
+class Child:
+    """The training process, in a process group of its own."""
+
+    def __init__(self, command: Sequence[str], wait_s: float = 0.0):
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.socket, self.buffer = ours, b""
+        self.beat_s: float | None = None
+        self.beat: dict[str, Any] = {"phase": "start"}
+        self.stop_sent_s = float("inf")
+        wrapper = str(Path(__file__).with_name("child.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-E", wrapper, str(theirs.fileno()), str(os.getpid()), str(wait_s), *command],
+            env={name: value for name, value in os.environ.items() if name != LAUNCHER_FD}, stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, 128 + n for death by signal n; None while it runs."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def read(self) -> None:
+        """Takes the newest beat."""
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while received := self.socket.recv(1 << 16):
+                *lines, self.buffer = (self.buffer + received).split(b"\n")
+                self.buffer = self.buffer[-(1 << 16) :]
+                for line in lines:
+                    with contextlib.suppress(ValueError):
+                        beat = json.loads(line)
+                        if isinstance(beat, dict):
+                            self.beat, self.beat_s = beat, time.monotonic()
+
+    def status(self, now_s: float) -> dict[str, Any]:
+        silent_s = None if self.beat_s is None else now_s - self.beat_s
+        return self.beat | {"silent_s": silent_s, "suspended": silent_s is None and self._is_suspended()}
+
+    def _is_suspended(self) -> bool:
+        with contextlib.suppress(OSError, IndexError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return False
+
+    def stop(self) -> None:
+        """Asks it to save and end. Through the socket, where tfdist listens; TensorFlow swallows SIGTERM at times."""
+        self.stop_sent_s = time.monotonic()
+        if self.beat_s is None:
+            self._signal(signal.SIGTERM)
+            return
+        with contextlib.suppress(OSError):
+            self.socket.send(b"stop\n")
+
+    async def write_stacks(self) -> None:
+        """A suspended process writes nothing until it goes on; SIGUSR1 waits for that."""
+        if self.beat_s is not None:  # it has a handler; without one the signal would end it silently
+            self._signal(signal.SIGUSR1)
+        self._signal(signal.SIGCONT)
+        await asyncio.sleep(_STACKS_S)
+
+    def kill(self) -> None:
+        """It and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)

@@ -1,0 +1,130 @@
+"""Who is dead, frozen, silent or stuck: pure functions over what was last heard of each process."""
+
+import dataclasses
+
+from tfdist.cluster.spec import Task
+from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Seconds. What may take long (import, building, compiling, saving) is under `start_timeout_s`."""
+
+    start_timeout_s: float = 300.0
+    step_timeout_s: float = 300.0
+    heartbeat_timeout_s: float = 30.0
+
+    def of_phase(self, phase: str) -> float:
+        if phase == "wait":  # an evaluator without a new checkpoint
+            return float("inf")
+        return self.step_timeout_s if phase in ("train", "evaluate") else self.start_timeout_s
+
+
+@dataclasses.dataclass
+class Seen:
+    """What the watchdog knows of one task; times are of the monotonic clock."""
+
+    task: Task
+    heard_s: float  # when its supervisor last said anything
+    moved_s: float  # when its training last went forward
+    beat_s: float | None = None  # when the process itself last beat; None: it never has (a program without tfdist)
+    suspended: bool = False  # the system says that it is stopped (SIGSTOP)
+    phase: str = "start"
+    step: int = 0
+    batches: int = 0
+    steps: int = 0
+    ticks: int = 0
+    exit_code: int | None = None
+    exited_s: float = 0.0
+
+    def hear(self, status: dict, now_s: float) -> None:
+        """Takes over a status message of its supervisor."""
+        self.heard_s = now_s
+        silent_s = status.get("silent_s")
+        self.beat_s = None if silent_s is None else now_s - float(silent_s)
+        self.suspended = bool(status.get("suspended"))
+        before = (self.phase, self.batches, self.steps, self.ticks)
+        self.phase = str(status.get("phase", self.phase))[:40]
+        for name in ("step", "batches", "steps", "ticks"):
+            setattr(self, name, int(status.get(name, getattr(self, name))))
+        if before != (self.phase, self.batches, self.steps, self.ticks):
+            self.moved_s = now_s
+
+    def at(self) -> str:
+        return f"phase {self.phase}, step {self.step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why a group ends. `task` is to blame; None: nobody (all done, or told to stop)."""
+
+    exit_code: int
+    message: str
+    task: Task | None = None
+    step: int = 0
+    stacks: bool = False  # whether the stacks of all processes are wanted
+
+
+def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s: float = 0.4) -> Verdict | None:
+    """The reason to end the group now, if there is one. A peer's loss is blamed on somebody else if anybody fits."""
+    step = max((seen.step for seen in everyone), default=0)
+    failed = [seen for seen in everyone if seen.exit_code not in (None, DONE, STOPPED)]
+    causes = [seen for seen in failed if seen.exit_code != PEER_LOST]
+    if causes:
+        first = min(causes, key=lambda seen: seen.exited_s)
+        if now_s - first.exited_s >= own_reason_first_s or len(failed) == len(everyone):
+            return Verdict(
+                first.exit_code, f"{first.task} {describe_exit(first.exit_code)} ({first.at()})", first.task, step
+            )
+        return None
+    if failed and now_s - min(seen.exited_s for seen in failed) >= 2 * own_reason_first_s:
+        first = min(failed, key=lambda seen: seen.exited_s)
+        return Verdict(PEER_LOST, f"{first.task} lost a peer ({first.at()})", first.task, step)
+    if all(seen.exit_code is not None for seen in everyone):
+        stopped = any(seen.exit_code == STOPPED for seen in everyone)
+        return Verdict(STOPPED if stopped else DONE, "stopped" if stopped else "done", None, step)
+    return _silent(everyone, limits, now_s, step) or _stuck(everyone, limits, now_s, step)
+
+
+def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
+    for seen in everyone:
+        if seen.exit_code is not None:
+            continue
+        if now_s - seen.heard_s > limits.heartbeat_timeout_s:
+            silent = f"{seen.task} is silent for {now_s - seen.heard_s:.1f} s ({seen.at()})"
+            message = f"{silent}: its supervisor is frozen or the network is cut"
+            return Verdict(PEER_LOST, message, seen.task, step, stacks=True)
+        if seen.beat_s is not None and now_s - seen.beat_s > limits.heartbeat_timeout_s:
+            message = f"{seen.task} is frozen: no heartbeat for {now_s - seen.beat_s:.1f} s ({seen.at()})"
+            return Verdict(WATCHDOG, message, seen.task, step, stacks=True)
+        if seen.beat_s is None and seen.suspended and now_s - seen.moved_s > limits.heartbeat_timeout_s:
+            return Verdict(WATCHDOG, f"{seen.task} is frozen: its process is stopped", seen.task, step, stacks=True)
+    return None
+
+
+def _stuck(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
+    """In a synchronous group whoever waits for others looks stuck too, so only a group that all stands still is stuck,
+    each by the limit of its own phase; then those who are furthest behind are to blame."""
+    running = [seen for seen in everyone if seen.exit_code is None and seen.beat_s is not None]
+    if not running or any(now_s - seen.moved_s <= limits.of_phase(seen.phase) for seen in running):
+        return None
+    least = min((seen.steps, seen.batches) for seen in running)
+    behind = [seen for seen in running if (seen.steps, seen.batches) == least]
+    most = max(seen.batches for seen in running)
+    seconds = now_s - max(seen.moved_s for seen in running)
+    if len(behind) == len(running) and len(running) > 1:
+        where = ", ".join(f"{seen.task} in {seen.at()}" for seen in running[:8])
+        return Verdict(WATCHDOG, f"stuck: nobody went forward for {seconds:.1f} s: {where}", None, step, stacks=True)
+    names = ", ".join(f"{seen.task} ({seen.at()}, batch {seen.batches + 1} not fetched)" if seen.batches < most
+                      else f"{seen.task} ({seen.at()})" for seen in behind[:8])  # fmt: skip
+    others = " while the others wait" if len(running) > 1 else ""
+    verb = "is" if len(behind) == 1 else "are"
+    return Verdict(WATCHDOG, f"stuck: {names} {verb} behind for {seconds:.1f} s{others}", behind[0].task, step, stacks=True)
+
+
+def describe_exit(code: int) -> str:
+    import signal
+
+    if code > 128 and code - 128 in {s.value for s in signal.Signals} and code not in (PEER_LOST, WATCHDOG, STOPPED):
+        return f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
+    return f"ended with exit code {code}"
