@@ -2,7 +2,8 @@
 
     python tests/cells.py mirrored:2 float64 out.npz [CELL ...]
 
-writes the losses of every step and every variable on every replica of those cells (default: all).
+writes the losses of every step and every variable on every replica of those cells (default: all). `multi_worker:2x1`
+(workers x devices) is one worker of a cluster and writes out.npz.0, out.npz.1.
 """
 
 import os
@@ -18,6 +19,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.config import ModelConfig
+from tfdist.data.input import pipeline_rows
 from tfdist.models.transformer import TransformerLM, next_token_loss
 from tfdist.train.step import LossFn
 
@@ -65,9 +67,10 @@ class Bench:
             steps_per_loop=7,
             **options,
         )
-        trainer.train(lambda context: dataset(batches, context), num_steps, [tfdist.actions.Log()])
+        micro_batches = options.get("accumulate_steps", 1)
+        trainer.train(lambda context: dataset(batches, context, micro_batches), num_steps, [tfdist.actions.Log()])
         train_rows = [row for row in rows if row["kind"] == "train"]
-        assert len(train_rows) == num_steps
+        assert len(train_rows) == (num_steps if self.strategy.is_chief else 0)
         self.results["losses"] = np.array([row["loss"] for row in train_rows])
         self.results["tokens"] = np.array([row["tokens"] for row in train_rows])
         for key, variable in trainer.state.values().items():
@@ -82,10 +85,12 @@ class Bench:
         return TransformerLM(ModelConfig(**values), LENGTH)
 
 
-def dataset(batches: list[tuple], context) -> tf.data.Dataset:
-    """Batches of any size, over and over, from `start_step` on."""
+def dataset(batches: list[tuple], context, micro_batches: int = 1) -> tf.data.Dataset:
+    """Batches of any size, over and over, from `start_step` on: this pipeline's rows of each."""
+    rows = pipeline_rows(max(len(batch[0]) for batch in batches), micro_batches, context)
+    mine = [tuple(a[rows[rows < len(a)]] for a in batch) for batch in batches]
     spec = tuple(tf.TensorSpec([None, *a.shape[1:]], a.dtype) for a in batches[0])
-    data = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
+    data = tf.data.Dataset.from_generator(lambda: iter(mine), output_signature=spec)
     return data.repeat().skip(context.start_step)
 
 
@@ -162,6 +167,8 @@ def clip_by_norm_and_ema(bench: Bench) -> None:
 
 def make_strategy(name: str):
     kind, _, count = name.partition(":")
+    if kind == "multi_worker":
+        return tfdist.MultiWorkerMirrored(num_devices=int(count.partition("x")[2]))
     return tfdist.OneDevice() if kind == "one_device" else tfdist.Mirrored(int(count))
 
 
@@ -175,7 +182,8 @@ def main(name: str, dtype: str, out: str, *cell_names: str) -> None:
         CELLS[cell_name](bench)
         print(f"{cell_name}: {time.perf_counter() - started_s:.1f} s")
         arrays |= {f"{cell_name}|{key}": value for key, value in bench.results.items()}
-    np.savez(out, **arrays)
+    with open(f"{out}.{strategy.worker}", "wb") as file:
+        np.savez(file, **arrays)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # later strategies are added here, and every test of equality covers them
-STRATEGIES = ("mirrored:2", "mirrored:4")
+STRATEGIES = ("mirrored:2", "mirrored:4", "multi_worker:2x1", "multi_worker:2x2")
 
 
 @pytest.fixture(scope="session", autouse=True)

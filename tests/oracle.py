@@ -1,6 +1,7 @@
 """The one-device run is the oracle: the same cells on another strategy must give its losses and variables."""
 
 import functools
+import math
 import tempfile
 from pathlib import Path
 
@@ -11,18 +12,35 @@ from processes import run
 
 @functools.cache
 def results(strategy: str, dtype: str, cells: tuple[str, ...] = tuple(CELLS)) -> dict[str, np.ndarray]:
-    """All results of the cells on one strategy, computed once per session in one process."""
+    """All results of the cells on one strategy, computed once per session in a process, or a cluster, of its own.
+
+    Variables have a leading axis of all replicas of all workers.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.npz"
-        done = run([str(Path(__file__).parent / "cells.py"), strategy, dtype, str(out), *cells])
+        program = [str(Path(__file__).parent / "cells.py"), strategy, dtype, str(out), *cells]
+        kind, _, shape = strategy.partition(":")
+        if kind == "multi_worker":
+            launch = ["-m", "tfdist.cli", "launch", f"--workers={shape.partition('x')[0]}", f"--log_dir={folder}"]
+            program = [*launch, "--", "python", *program]
+        done = run(program, limit_s=600)
         assert done.returncode == 0, done.stderr[-4000:]
-        with np.load(out) as arrays:
-            return dict(arrays)
+        workers = []
+        for path in sorted(Path(folder).glob("results.npz.*")):
+            with np.load(path) as arrays:
+                workers.append(dict(arrays))
+    for key in workers[0]:
+        if "|var/" in key:
+            workers[0][key] = np.concatenate([worker[key] for worker in workers])
+        elif key.endswith("|eval"):
+            assert all((worker[key] == workers[0][key]).all() for worker in workers), "every worker has the same evaluation"
+    return workers[0]
 
 
 def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tuple[str, ...] = tuple(CELLS)) -> None:
     """DESIGN: float64 to 1e-9; float32: loss to 1e-6, variables to 2e-5 of max(largest entry, 1e-3)."""
-    expected, found = results("one_device", dtype, cells), results(strategy, dtype, cells)
+    expected = results("one_device", dtype, tuple(CELLS) if dtype == "float64" else cells)  # all of them: shared by tests
+    found = results(strategy, dtype, cells)
     keys = [key for key in expected if key.startswith(f"{cell}|")]
     assert keys and keys == [key for key in found if key.startswith(f"{cell}|")]
     for key in keys:
@@ -34,7 +52,7 @@ def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tupl
             assert (np.abs(found[key] - expected[key]) <= tolerance).all(), (key, expected[key], found[key])
             continue
         one, copies = expected[key][0], found[key]
-        assert len(copies) == int(strategy.partition(":")[2]), "one copy per replica"
+        assert len(copies) == math.prod(map(int, strategy.partition(":")[2].split("x"))), "one copy per replica"
         scale = max(np.abs(one).max(), 1e-3)
         tolerance = 1e-9 if dtype == "float64" else 2e-5
         worst = np.abs(copies.astype(np.float64) - one).max() / scale

@@ -7,6 +7,11 @@ from oracle import assert_equal_to_one_device, results
 
 # a cross-section for the ordinary test run; the rest is slow
 FOUR_REPLICAS = ("dense_model_with_l2_momentum_and_clip_by_value",)
+TWO_WORKERS = (
+    "accumulation_and_dropout",
+    "token_weights_uneven_batches_and_a_step_without_weight",
+    "empty_replicas_and_dropout",
+)
 FLOAT32 = ("dense_model_with_l2_momentum_and_clip_by_value",)
 
 
@@ -25,6 +30,11 @@ def test_four_replicas_in_float64(cell):
     expected, found = results("one_device", "float64"), results("mirrored:4", "float64", FOUR_REPLICAS)
     for key in [key for key in expected if key.startswith(f"{cell}|") and "key/bias" not in key]:
         np.testing.assert_allclose(found[key][-1:], expected[key][-1:], rtol=0, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("cell", TWO_WORKERS)
+def test_two_workers_in_float64(cell):
+    assert_equal_to_one_device(cell, "multi_worker:2x1", "float64", TWO_WORKERS)
 
 
 @pytest.mark.slow

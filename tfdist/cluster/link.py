@@ -29,6 +29,7 @@ class SupervisorLink:
         self.is_there = fd is not None
         self._phase, self._ticks = "import", 0
         self._step, self._steps_before = 0, 0  # the training step that the phase began at, and all loops' steps by then
+        self._reached = 0  # the training step by now
         self._progress: Progress = lambda: (0, 0)
         self._closed = threading.Event()
         if fd is None:
@@ -68,8 +69,11 @@ class SupervisorLink:
         while True:
             last = self._closed.is_set()
             batches, steps = self._progress()
-            step = self._step + (steps - self._steps_before if self._phase in ("compile", "train") else 0)
-            beat = {"phase": self._phase, "step": step, "batches": batches, "steps": steps, "ticks": self._ticks}
+            if self._phase in ("compile", "train"):
+                self._reached = self._step + steps - self._steps_before
+            elif self._phase != "exit":
+                self._reached = self._step
+            beat = {"phase": self._phase, "step": self._reached, "batches": batches, "steps": steps, "ticks": self._ticks}
             # a supervisor that does not read for a while (it is frozen) must not freeze this thread too
             with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
                 self._socket.send(json.dumps(beat).encode() + b"\n", socket.MSG_DONTWAIT)

@@ -197,7 +197,7 @@ class Meeting:
             except asyncio.TimeoutError:
                 self.reasons[task] = "no answer (timed out)"
             except OSError as error:
-                self.reasons[task] = (error.strerror or str(error)).lower()
+                self.reasons[task] = (os.strerror(error.errno) if error.errno else str(error)).lower()
             else:
                 if self._answered(task, hello):
                     self.reached[task] = connection

@@ -1,0 +1,409 @@
+"""The launcher and its supervisors, with real processes that do not import TensorFlow (tests/actor.py)."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import finish, start
+
+from tfdist.cluster.spec import Task, from_tf_config
+from tfdist.launch import launcher, restarts
+from tfdist.launch.launcher import Group
+from tfdist.launch.watchdog import Limits, Seen, judge
+
+ACTOR = str(Path(__file__).parent / "actor.py")
+QUICK = ("--heartbeat_timeout_s=2", "--step_timeout_s=2", "--start_timeout_s=5")
+
+
+def launch(tmp_path, *arguments: str, actors: tuple[str, ...] = (), flags: tuple[str, ...] = QUICK, **env: str):
+    command = ["-m", "tfdist.cli", "launch", *arguments, *flags, f"--log-dir={tmp_path}/logs"]
+    return start([*command, "--", "python", ACTOR, *actors], {k: str(v) for k, v in env.items()})
+
+
+def log(tmp_path, task: str) -> str:
+    path = tmp_path / "logs" / f"{task}.log"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def wait_until(condition, limit_s: float = 20.0):
+    deadline_s = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def pids(tmp_path, *tasks: str) -> list[int]:
+    """Of the programs of these tasks, once they run."""
+
+    def found():
+        texts = [re.findall(r"pid (\d+)", log(tmp_path, task)) for task in tasks]
+        return all(texts) and [int(text[-1]) for text in texts]
+
+    return wait_until(found)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def group_of(process: subprocess.Popen) -> list[int]:
+    """Every process below the launcher."""
+    below, found = {process.pid}, []
+    for _ in range(4):
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                pid = int(stat.parent.name)
+                if int(fields[1]) in below and pid not in below:
+                    below.add(pid)
+                    found.append(pid)
+    return found
+
+
+def assert_all_gone(members: list[int], limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while left := [pid for pid in members if alive(pid)]:
+        assert time.monotonic() < deadline_s, f"still there: {left}"
+        time.sleep(0.02)
+
+
+# ---- a group that ends well ----
+
+
+def test_output_has_prefixes_logs_are_whole_and_tasks_know_who_they_are(tmp_path):
+    process = launch(
+        tmp_path, "--workers=2", actors=("worker0:environment", "worker1:environment"), ACTOR_STEPS=5,
+        CUDA_VISIBLE_DEVICES="0,1,2,3",
+    )  # fmt: skip
+    done = finish(process, 30)
+    assert done.returncode == 0, done.stderr
+    for i, gpus in enumerate(("0,1", "2,3")):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"[worker {i}] environment"))
+        found = json.loads(line.partition("environment ")[2])
+        cluster, _ = from_tf_config(found["TF_CONFIG"])
+        assert cluster.task == Task("worker", i) and len(cluster.worker) == 2 and found["CUDA_VISIBLE_DEVICES"] == gpus
+        assert line.removeprefix(f"[worker {i}] ") in log(tmp_path, f"worker-{i}")
+
+
+def test_with_servers_there_is_one_process_more(tmp_path):
+    process = launch(tmp_path, "--workers=3", "--ps=2", "--evaluator", actors=("worker2:exit1_once",), ACTOR_STEPS=60,
+                     ACTOR_FILE=tmp_path / "once", CUDA_VISIBLE_DEVICES="")  # fmt: skip
+    done = finish(process, 40)
+    names = sorted(p.stem for p in (tmp_path / "logs").iterdir())
+    assert names == ["chief-0", "evaluator-0", "ps-0", "ps-1", "worker-0", "worker-1", "worker-2"]
+    # its restart alone is not in the budget: the group ends
+    assert done.returncode == 1 and "worker 2 ended with exit code 1" in done.stderr
+
+
+# ---- who is restarted ----
+
+
+def test_a_worker_with_servers_restarts_alone(tmp_path):
+    process = launch(tmp_path, "--workers=2", "--ps=1", "--max-restarts=2", actors=("worker1:exit1_once",), ACTOR_STEPS=150,
+                     ACTOR_FILE=tmp_path / "once")  # fmt: skip
+    done = finish(process, 40)
+    assert done.returncode == 0, done.stderr
+    assert "worker 1 ended with exit code 1; it starts again in 1 s (1 of 2 restarts)" in done.stderr
+    starts = {name: log(tmp_path, name).count(" pid ") for name in ("chief-0", "worker-0", "worker-1", "ps-0")}
+    assert starts == {"chief-0": 1, "worker-0": 1, "worker-1": 2, "ps-0": 1}
+
+
+def test_an_evaluator_restarts_alone(tmp_path):
+    process = launch(tmp_path, "--workers=1", "--evaluator", "--max-restarts=1", actors=("evaluator0:exit1_once",),
+                     ACTOR_STEPS=150, ACTOR_FILE=tmp_path / "once")  # fmt: skip
+    done = finish(process, 40)
+    assert done.returncode == 0, done.stderr
+    assert log(tmp_path, "evaluator-0").count(" pid ") == 2 and log(tmp_path, "worker-0").count(" pid ") == 1
+
+
+def test_a_collective_worker_restarts_the_whole_group(tmp_path):
+    process = launch(tmp_path, "--workers=2", "--max-restarts=2", actors=("worker1:exit1_once",), ACTOR_STEPS=60,
+                     ACTOR_FILE=tmp_path / "once")  # fmt: skip
+    done = finish(process, 40)
+    assert done.returncode == 0, done.stderr
+    assert [log(tmp_path, f"worker-{i}").count(" pid ") for i in range(2)] == [2, 2]
+    assert "restart 1 of 2 of the whole group" in done.stderr
+
+
+def test_the_same_error_three_times_is_enough(tmp_path):
+    process = launch(tmp_path, "--workers=2", "--max-restarts=9", actors=("worker1:exit1",))
+    done = finish(process, 60)
+    assert done.returncode == 1 and "the same error came 3 times" in done.stderr
+    assert log(tmp_path, "worker-1").count(" pid ") == 3
+
+
+def test_an_error_of_the_user_is_not_tried_again(tmp_path):
+    done = finish(launch(tmp_path, "--workers=2", "--max-restarts=9", actors=("worker1:exit3",)), 30)
+    assert done.returncode == 3 and "starting again would not help" in done.stderr
+    lines = done.stderr.splitlines()
+    assert "--- the last lines of worker 1 ---" in lines and lines.index("the reason") > lines.index(
+        "--- the last lines of worker 1 ---"
+    )
+    assert log(tmp_path, "worker-1").count(" pid ") == 1
+
+
+def test_budget():
+    budget = restarts.Budget(max_restarts=4)
+    waits = [budget.next_start_in_s(137, "killed", step) for step in (5, 9, 9, 12, 13)]
+    assert waits == [1.0, 1.0, 2.0, 1.0, None] and "4 of 4" in budget.why_not(137)
+    assert restarts.Budget(9).next_start_in_s(2, "usage", 0) is None
+    assert restarts.Budget(0).next_start_in_s(137, "killed", 0) is None
+    roles = {(job, ps) for job in ("chief", "worker", "evaluator") for ps in (False, True)} | {("ps", True)}
+    assert set(restarts.POLICY) == roles
+
+
+# ---- death ----
+
+
+@pytest.mark.parametrize("task", ["worker0", "worker1"])
+def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
+    process = launch(tmp_path, "--workers=3")
+    programs = dict(zip(("worker0", "worker1", "worker2"), pids(tmp_path, "worker-0", "worker-1", "worker-2"), strict=True))
+    members = group_of(process)
+    started_s = time.monotonic()
+    os.kill(programs[task], signal.SIGKILL)
+    assert_all_gone(members, 2.0)
+    done = finish(process, 5)
+    assert time.monotonic() - started_s < 2.5
+    assert done.returncode == 137 and f"worker {task[-1]} was killed by signal 9 (SIGKILL)" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("task", ["worker-0", "worker-1"])
+def test_a_dead_supervisor_ends_the_group(tmp_path, task):
+    process = launch(tmp_path, "--workers=2")
+    (program,) = pids(tmp_path, task)
+    members = group_of(process)
+    supervisor = int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(supervisor, signal.SIGKILL)
+    assert_all_gone(members, 2.0)
+    assert finish(process, 5).returncode == 137
+
+
+def test_a_killed_launcher_leaves_nobody(tmp_path):
+    process = launch(tmp_path, "--workers=2", "--evaluator", actors=("worker1:orphan",))
+    pids(tmp_path, "worker-0", "worker-1", "evaluator-0")
+    members = wait_until(lambda: len(found := group_of(process)) >= 7 and found)
+    os.kill(process.pid, signal.SIGKILL)
+    assert_all_gone(members, 5.0)
+    finish(process, 5)
+
+
+def test_what_a_program_started_goes_with_it(tmp_path):
+    process = launch(tmp_path, "--workers=2", actors=("worker1:orphan",), ACTOR_STEPS=30)
+    members = wait_until(lambda: len(found := group_of(process)) >= 5 and found)
+    assert finish(process, 20).returncode == 0
+    assert_all_gone(members, 1.0)
+
+
+# ---- freezing and standing still ----
+
+
+def test_a_frozen_worker_is_found_and_all_stacks_are_written(tmp_path):
+    process = launch(tmp_path, "--workers=2", actors=("worker1:freeze",))
+    pids(tmp_path, "worker-0", "worker-1")
+    started_s = time.monotonic()
+    done = finish(process, 20)
+    assert time.monotonic() - started_s < 20 * 0.02 + 2 + 2 + 1
+    assert done.returncode == 142 and "worker 1 is frozen: no heartbeat for" in done.stderr
+    for i in range(2):
+        assert "most recent call first" in log(tmp_path, f"worker-{i}") and "actor.py" in log(tmp_path, f"worker-{i}")
+
+
+def test_a_frozen_program_without_heartbeats_is_found(tmp_path):
+    process = launch(tmp_path, "--workers=2", actors=("worker0:silent_program", "worker1:silent_program"))
+    frozen = pids(tmp_path, "worker-0", "worker-1")[1]
+    os.kill(frozen, signal.SIGSTOP)
+    done = finish(process, 10)
+    assert done.returncode == 142 and "worker 1 is frozen: its process is stopped" in done.stderr
+
+
+@pytest.mark.parametrize("task", ["worker-0", "worker-1"])
+def test_a_frozen_supervisor_is_found(tmp_path, task):
+    process = launch(tmp_path, "--workers=2")
+    (program,) = pids(tmp_path, task)
+    members = group_of(process)
+    supervisor = int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(supervisor, signal.SIGSTOP)
+    done = finish(process, 15)
+    assert done.returncode == 140 and f"{task.replace('-', ' ')} is silent for" in done.stderr
+    assert_all_gone(members, 1.0)
+
+
+def test_a_group_that_stands_still_is_found(tmp_path):
+    """Actors do not wait for each other, so both have to stand still; who has done less is to blame."""
+    process = launch(tmp_path, "--workers=2", actors=("worker0:stuck", "worker1:stuck"))
+    pids(tmp_path, "worker-0", "worker-1")
+    started_s = time.monotonic()
+    done = finish(process, 20)
+    assert done.returncode == 142 and "stuck: nobody went forward for" in done.stderr
+    assert time.monotonic() - started_s < 20 * 0.02 + 2 + 2 + 1
+    assert "time.sleep(600)" in log(tmp_path, "worker-1") or "actor.py" in log(tmp_path, "worker-1")
+
+
+def seen(index: int, now_s: float = 100.0, **values) -> Seen:
+    defaults = dict(heard_s=now_s, moved_s=now_s, beat_s=now_s, phase="train", step=7)
+    return Seen(Task("worker", index), **(defaults | values))
+
+
+LIMITS = Limits(start_timeout_s=60, step_timeout_s=5, heartbeat_timeout_s=3)
+
+
+@pytest.mark.parametrize(
+    ("everyone", "code", "text"),
+    [
+        ([seen(0), seen(1)], None, ""),
+        ([seen(0, moved_s=90), seen(1)], None, ""),  # one is still moving
+        ([seen(0, moved_s=90), seen(1, moved_s=90, phase="compile")], None, ""),  # compiling may take 60 s
+        ([seen(0, moved_s=30), seen(1, moved_s=30, phase="compile")], 142, "stuck"),
+        ([seen(0, moved_s=90, steps=5, batches=6), seen(1, moved_s=90, steps=5, batches=5)], 142,
+         "worker 1 (phase train, step 7, batch 6 not fetched) is behind for 10.0 s while the others wait"),
+        ([seen(0, moved_s=90), seen(1, moved_s=90)], 142, "nobody went forward for 10.0 s"),
+        ([seen(0, moved_s=90, phase="wait")], None, ""),  # an evaluator waits for a checkpoint
+        ([seen(0, moved_s=90, beat_s=None)], None, ""),  # a program without tfdist
+        ([seen(0, moved_s=90), seen(1, moved_s=90, beat_s=None)], 142, "worker 0"),
+        ([seen(0), seen(1, beat_s=96)], 142, "worker 1 is frozen: no heartbeat for 4.0 s (phase train, step 7)"),
+        ([seen(0), seen(1, heard_s=96)], 140, "worker 1 is silent for 4.0 s"),
+        ([seen(0), seen(1, beat_s=None, suspended=True, moved_s=96)], 142, "worker 1 is frozen"),
+        ([seen(0, exit_code=0), seen(1, exit_code=0)], 0, "done"),
+        ([seen(0, exit_code=143), seen(1, exit_code=0)], 143, "stopped"),
+        ([seen(0, exit_code=0), seen(1)], None, ""),
+        ([seen(0, exit_code=140, exited_s=99.9), seen(1)], None, ""),  # the cause may still come
+        ([seen(0, exit_code=140, exited_s=99.0), seen(1)], 140, "worker 0 lost a peer"),
+        ([seen(0, exit_code=140, exited_s=99.0), seen(1, exit_code=137, exited_s=99.5)], 137, "worker 1 was killed by signal 9"),
+        ([seen(0, exit_code=1, exited_s=99.2), seen(1, exit_code=3, exited_s=99.1)], 3, "worker 1 ended with exit code 3"),
+    ],
+)  # fmt: skip
+def test_judgement(everyone, code, text):
+    verdict = judge(everyone, LIMITS, now_s=100.0)
+    assert (verdict and verdict.exit_code) == code and (code is None or text in verdict.message), verdict
+
+
+# ---- stopping ----
+
+
+@pytest.mark.parametrize("whom", ["launcher", "one supervisor", "one program", "all programs"])
+def test_sigterm_stops_everyone(tmp_path, whom):
+    process = launch(tmp_path, "--workers=2")
+    programs = pids(tmp_path, "worker-0", "worker-1")
+    members = group_of(process)
+    supervisor = int(Path(f"/proc/{programs[1]}/stat").read_text().rpartition(")")[2].split()[1])
+    for pid in {"launcher": [process.pid], "one supervisor": [supervisor], "one program": programs[1:],
+                "all programs": programs}[whom]:  # fmt: skip
+        os.kill(pid, signal.SIGTERM)
+    done = finish(process, 10)
+    assert done.returncode == 143, done.stderr
+    assert_all_gone(members, 1.0)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    process = launch(tmp_path, "--workers=2", actors=("worker1:deaf",))
+    pids(tmp_path, "worker-0", "worker-1")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert finish(process, 10).returncode == 143
+
+
+def test_sigterm_while_a_peer_is_missing(tmp_path):
+    """One task of two; the other never comes. It must end at once, not after start_timeout."""
+    with socket.create_server(("localhost", 0)) as server:
+        free = server.getsockname()[1]
+    config = json.dumps(
+        {"cluster": {"worker": [f"localhost:{free}", "localhost:1"]}, "task": {"type": "worker", "index": 0}}
+    )
+    process = start(["-m", "tfdist.cli", "supervise", "--", "python", ACTOR], {"TF_CONFIG": config})
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    started_s = time.monotonic()
+    done = finish(process, 5)
+    assert done.returncode == 143 and "told to stop before training began" in done.stderr
+    assert time.monotonic() - started_s < 3
+
+
+# ---- starting ----
+
+
+def test_a_missing_peer_is_one_line_in_time(tmp_path):
+    reserved = launcher.ports.reserve()
+    mine = f"localhost:{reserved.getsockname()[1]}"
+    config = json.dumps({"cluster": {"worker": [mine, "localhost:1"]}, "task": {"type": "worker", "index": 0}})
+    started_s = time.monotonic()
+    done = finish(
+        start(["-m", "tfdist.cli", "supervise", "--start-timeout-s=2", "--", "python", ACTOR], {"TF_CONFIG": config}), 10
+    )
+    assert done.returncode == 140 and time.monotonic() - started_s < 2 + 2
+    assert len(done.stderr.splitlines()) == 1 and "worker 1 (localhost:1: connection refused)" in done.stderr
+
+
+def test_two_groups_at_once(tmp_path):
+    both = [launch(tmp_path / str(i), "--workers=2", ACTOR_STEPS=50) for i in range(2)]
+    for process in both:
+        done = finish(process, 30)
+        assert done.returncode == 0, done.stderr
+
+
+def test_members():
+    group = Group([], num_workers=3, num_ps=2, evaluator=True)
+    clusters = launcher.clusters(group, [f"h:{i}" for i in range(1, 7)])
+    assert [str(c.task) for c in clusters] == [
+        "chief 0", "worker 0", "worker 1", "worker 2", "ps 0", "ps 1", "evaluator 0",
+    ]  # fmt: skip
+    for cluster in clusters:
+        again, _ = from_tf_config(cluster.to_tf_config())
+        assert again == cluster and cluster.leader == Task("chief", 0)
+    without = launcher.clusters(Group([], num_workers=2), ["h:1", "h:2"])
+    assert [str(c.task) for c in without] == ["worker 0", "worker 1"] and without[0].is_chief
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers", "per_worker", "expected"),
+    [
+        ("0,1,2,3", 2, 0, ["0,1", "2,3"]),
+        ("0,1,2", 2, 0, ["0", "1"]),
+        ("4,5,6,7", 2, 1, ["4", "5"]),
+        ("0", 2, 0, ["-1", "-1"]),
+        ("GPU-a,GPU-b", 2, 0, ["GPU-a", "GPU-b"]),
+        ("", 2, 0, [None, None]),
+        ("-1", 2, 0, [None, None]),
+    ],
+)
+def test_gpus_are_divided(visible, workers, per_worker, expected):
+    group = Group([], num_workers=workers, devices_per_worker=per_worker)
+    found = launcher.gpus_of_workers(group, {"CUDA_VISIBLE_DEVICES": visible})
+    assert [found.get(Task("worker", i)) for i in range(workers)] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["launch"], "expected --workers=N"),
+        (["launch", "--workers=0", "--", "train"], "workers"),
+        (["launch", "--workers=2"], "expected a program after --"),
+        (["launch", "--wrokers=2", "--", "train"], "did you mean workers?"),
+        (["launch", "--workers=2", "oops", "--", "train"], "unexpected argument 'oops'"),
+        (["supervise"], "expected a program after --"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments, expected):
+    done = subprocess.run([sys.executable, "-m", "tfdist.cli", *arguments], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_program_that_does_not_exist(tmp_path):
+    command = ["-m", "tfdist.cli", "launch", "--workers=1", f"--log_dir={tmp_path}", "--", "no-such-program"]
+    done = finish(start(command), 10)
+    assert done.returncode == 2 and "cannot start no-such-program" in done.stderr
