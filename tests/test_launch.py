@@ -281,7 +281,7 @@ LIMITS = Limits(start_timeout_s=60, step_timeout_s=5, heartbeat_timeout_s=3)
         ([seen(0, exit_code=0), seen(1)], None, ""),
         ([seen(0, exit_code=140, exited_s=99.9), seen(1)], None, ""),  # the cause may still come
         ([seen(0, exit_code=140, exited_s=99.0), seen(1)], 140, "worker 0 lost a peer"),
-        ([seen(0, exit_code=140, exited_s=99.0), seen(1, exit_code=137, exited_s=99.5)], 137, "worker 1 was killed by signal 9"),
+        ([seen(0, exit_code=140, exited_s=99.0), seen(1, exit_code=137, exited_s=99.5)], 137, "worker 1 was killed"),
         ([seen(0, exit_code=1, exited_s=99.2), seen(1, exit_code=3, exited_s=99.1)], 3, "worker 1 ended with exit code 3"),
     ],
 )  # fmt: skip

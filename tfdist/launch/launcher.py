@@ -66,7 +66,8 @@ class Launcher:
                 failure = await self._run_once()
                 if failure.exit_code in (DONE, STOPPED) or self.stopping:
                     return failure.exit_code
-                wait_s = self.budget.next_start_in_s(failure.exit_code, failure.message, failure.step)
+                error = f"{failure.task} {failure.exit_code}"
+                wait_s = self.budget.next_start_in_s(failure.exit_code, error, failure.step)
                 failure.show(final=wait_s is None)
                 if wait_s is None:
                     if self.group.max_restarts:
@@ -208,7 +209,7 @@ def _cause(members: list["Member"]) -> Failure:
     _, verdict, member = min(own, key=lambda end: end[0])
     blamed = Task(*verdict["task"]) if verdict["task"] else member.task
     lines = next((list(m.last_lines) for m in members if m.task == blamed), [])
-    return Failure(verdict["exit_code"], verdict["message"], max(e[1]["step"] for e in ends), lines, blamed)
+    return Failure(verdict["exit_code"], verdict["message"], verdict["step"], lines, blamed)
 
 
 class Member:

@@ -30,8 +30,9 @@ MAX_RESTARTS = "TFDIST_MAX_RESTARTS"
 _TICK_S = 0.1
 _STATUS_EVERY_S = 0.5
 _STACKS_S = 1.0  # time to write stacks between SIGUSR1 and SIGKILL
-_NOTHING_TO_SAVE = ("start", "import", "build", "exit")  # phases in which a stop need not wait
+_NOTHING_TO_SAVE = ("start", "import", "build")  # phases in which a stop need not wait
 _STOP_GRACE_S = 5.0
+_GOODBYE_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,8 @@ class Supervisor:
             readers = [asyncio.ensure_future(self._listen(task, peer)) for task, peer in self.peers.items()]
             verdict = await self._watch()
             await self._end(verdict)
+            if readers and self.is_leader:  # closing first, with their statuses unread, would reset the connection: "end" lost
+                await asyncio.wait(readers, timeout=_GOODBYE_S)
             for reader in readers:
                 reader.cancel()
             return verdict.exit_code
@@ -154,12 +157,13 @@ class Supervisor:
         child = self.child
         child.read()
         mine.hear(child.status(now_s), now_s)
-        if self.stopping and mine.phase in _NOTHING_TO_SAVE and now_s - child.stop_sent_s > _STOP_GRACE_S:
+        nothing_to_save = mine.phase in _NOTHING_TO_SAVE or mine.exiting
+        if self.stopping and nothing_to_save and now_s - child.stop_sent_s > _STOP_GRACE_S:
             child.kill()
         code = child.poll()
         if code is None or mine.exit_code is not None:
             return
-        if self.stopping and (self.kill_now or mine.phase in _NOTHING_TO_SAVE):
+        if self.stopping and (self.kill_now or nothing_to_save):
             code = STOPPED  # it had nothing to save, or nobody wanted to wait
         role = (self.me.type, bool(self.job.cluster.ps))
         if code not in (DONE, STOPPED) and restarts.POLICY[role] == restarts.ALONE and not self.stopping:
@@ -181,10 +185,9 @@ class Supervisor:
             return
         now_s = time.monotonic()
         status = {
-            "phase": mine.phase, "step": mine.step, "batches": mine.batches, "steps": mine.steps, "ticks": mine.ticks,
-            "silent_s": None if mine.beat_s is None else now_s - mine.beat_s, "suspended": mine.suspended,
-            "exit_code": mine.exit_code,
-        }  # fmt: skip
+            name: getattr(mine, name) for name in ("phase", "step", "batches", "steps", "ticks", "suspended", "exiting")
+        }
+        status |= {"silent_s": None if mine.beat_s is None else now_s - mine.beat_s, "exit_code": mine.exit_code}
         self.peers[self.job.cluster.leader].send({"status": status})
 
     async def _listen(self, task: Task, peer: Connection) -> None:

@@ -1,6 +1,7 @@
 """Who is dead, frozen, silent or stuck: pure functions over what was last heard of each process."""
 
 import dataclasses
+import signal
 
 from tfdist.cluster.spec import Task
 from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
@@ -14,10 +15,11 @@ class Limits:
     step_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 30.0
 
-    def of_phase(self, phase: str) -> float:
-        if phase == "wait":  # an evaluator without a new checkpoint
+    def of(self, seen: "Seen") -> float:
+        """How long this task may stand still."""
+        if seen.phase == "wait":  # an evaluator without a new checkpoint
             return float("inf")
-        return self.step_timeout_s if phase in ("train", "evaluate") else self.start_timeout_s
+        return self.step_timeout_s if seen.phase in ("train", "evaluate") and not seen.exiting else self.start_timeout_s
 
 
 @dataclasses.dataclass
@@ -30,6 +32,7 @@ class Seen:
     beat_s: float | None = None  # when the process itself last beat; None: it never has (a program without tfdist)
     suspended: bool = False  # the system says that it is stopped (SIGSTOP)
     phase: str = "start"
+    exiting: bool = False  # the interpreter is going down; `phase` stays what it was
     step: int = 0
     batches: int = 0
     steps: int = 0
@@ -44,7 +47,9 @@ class Seen:
         self.beat_s = None if silent_s is None else now_s - float(silent_s)
         self.suspended = bool(status.get("suspended"))
         before = (self.phase, self.batches, self.steps, self.ticks)
-        self.phase = str(status.get("phase", self.phase))[:40]
+        phase = str(status.get("phase", self.phase))[:40]
+        self.exiting = phase == "exit" or bool(status.get("exiting"))
+        self.phase = phase if phase != "exit" else self.phase
         for name in ("step", "batches", "steps", "ticks"):
             setattr(self, name, int(status.get(name, getattr(self, name))))
         if before != (self.phase, self.batches, self.steps, self.ticks):
@@ -73,13 +78,12 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
     if causes:
         first = min(causes, key=lambda seen: seen.exited_s)
         if now_s - first.exited_s >= own_reason_first_s or len(failed) == len(everyone):
-            return Verdict(
-                first.exit_code, f"{first.task} {describe_exit(first.exit_code)} ({first.at()})", first.task, step
-            )
+            message = f"{first.task} {describe_exit(first.exit_code)} ({first.at()})"
+            return Verdict(first.exit_code, message, first.task, first.step)
         return None
     if failed and now_s - min(seen.exited_s for seen in failed) >= 2 * own_reason_first_s:
         first = min(failed, key=lambda seen: seen.exited_s)
-        return Verdict(PEER_LOST, f"{first.task} lost a peer ({first.at()})", first.task, step)
+        return Verdict(PEER_LOST, f"{first.task} lost a peer ({first.at()})", first.task, first.step)
     if all(seen.exit_code is not None for seen in everyone):
         stopped = any(seen.exit_code == STOPPED for seen in everyone)
         return Verdict(STOPPED if stopped else DONE, "stopped" if stopped else "done", None, step)
@@ -106,7 +110,7 @@ def _stuck(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ver
     """In a synchronous group whoever waits for others looks stuck too, so only a group that all stands still is stuck,
     each by the limit of its own phase; then those who are furthest behind are to blame."""
     running = [seen for seen in everyone if seen.exit_code is None and seen.beat_s is not None]
-    if not running or any(now_s - seen.moved_s <= limits.of_phase(seen.phase) for seen in running):
+    if not running or any(now_s - seen.moved_s <= limits.of(seen) for seen in running):
         return None
     least = min((seen.steps, seen.batches) for seen in running)
     behind = [seen for seen in running if (seen.steps, seen.batches) == least]
@@ -123,8 +127,6 @@ def _stuck(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ver
 
 
 def describe_exit(code: int) -> str:
-    import signal
-
     if code > 128 and code - 128 in {s.value for s in signal.Signals} and code not in (PEER_LOST, WATCHDOG, STOPPED):
         return f"was killed by signal {code - 128} ({signal.Signals(code - 128).name})"
     return f"ended with exit code {code}"
