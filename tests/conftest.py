@@ -37,6 +37,7 @@ def text_files(tmp_path_factory) -> Path:
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--kills", type=int, default=0, help="how often the run of the restart test is killed")
 
 
 def pytest_collection_modifyitems(config, items):

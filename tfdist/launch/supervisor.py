@@ -104,7 +104,9 @@ class Supervisor:
             readers = [asyncio.ensure_future(self._listen(task, peer)) for task, peer in self.peers.items()]
             verdict = await self._watch()
             await self._end(verdict)
-            if readers and self.is_leader:  # closing first, with their statuses unread, would reset the connection: "end" lost
+            if (
+                readers and self.is_leader
+            ):  # closing first, with their statuses unread, would reset the connection: "end" lost
                 await asyncio.wait(readers, timeout=_GOODBYE_S)
             for reader in readers:
                 reader.cancel()
