@@ -122,7 +122,7 @@ def matmul() -> Turn:
     return turn
 
 
-def torch_step(compiled: bool, bfloat16: bool = False) -> Turn:
+def torch_step(compiled: bool, bfloat16: bool = False, wrap: Callable | None = None) -> Turn:
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -155,7 +155,7 @@ def torch_step(compiled: bool, bfloat16: bool = False) -> Turn:
             return F.cross_entropy(logits.float().view(-1, VOCABULARY), y.reshape(-1))
 
     torch.manual_seed(0)
-    model = LanguageModel()
+    model = wrap(LanguageModel()) if wrap else LanguageModel()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
     forward = torch.compile(model) if compiled else model
     tokens = torch.from_numpy(random_tokens()).long()

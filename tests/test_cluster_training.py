@@ -100,11 +100,9 @@ def test_killed_and_restarted_again_and_again(undisturbed, train, tmp_path, requ
     seconds_to_first_step = []
     for number, step in enumerate(steps):
         wait_for_step(tmp_path, step, process)
-        # the last step that was logged may be run again: count rows, not steps
-        rows = (tmp_path / "metrics.jsonl").read_text().count('"kind": "train"')
         os.kill(trainers(process)[(number + 1) % 2], signal.SIGKILL)
         died_s = time.monotonic()
-        wait_until(lambda rows=rows: new_rows(tmp_path, process, rows), 90)
+        wait_until(lambda starts=number + 2: trains_again(tmp_path, process, starts), 90)
         seconds_to_first_step.append(time.monotonic() - died_s)
     done = finish(process, 120)
     assert done.returncode == 0, done.stderr
@@ -113,12 +111,12 @@ def test_killed_and_restarted_again_and_again(undisturbed, train, tmp_path, requ
     assert max(seconds_to_first_step) < 20, seconds_to_first_step
 
 
-def new_rows(workdir, process, before: int) -> bool:
-    """Whether a restarted group has logged a step."""
+def trains_again(workdir, process, starts: int) -> bool:
+    """Whether the group that was started for the n-th time has logged a step."""
     assert process.poll() is None, process.stderr.read()
-    text = (workdir / "metrics.jsonl").read_text()
-    restored = text.rfind('"name": "restore"')
-    return text.count('"kind": "train"') > before and '"kind": "train"' in text[max(restored, 0) :] and restored >= 0
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    begins = [i for i, row in enumerate(rows) if row.get("name") in ("start", "restore")]
+    return len(begins) == starts and any(row["kind"] == "train" for row in rows[begins[-1] :])
 
 
 @pytest.mark.parametrize(

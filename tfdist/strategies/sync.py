@@ -60,8 +60,7 @@ class Synchronous:
                 tf.errors.DeadlineExceededError) as error:  # fmt: skip
             if self.num_workers == 1:
                 raise
-            reason = " ".join(error.message.split())[:200]
-            raise PeerLost(f"another worker is lost: {reason}") from error
+            raise PeerLost(f"another worker is lost ({type(error).__name__} in a collective)") from error
 
     def local_replicas(self) -> int:
         return len(self.tf_strategy.extended.worker_devices)
