@@ -40,7 +40,12 @@ def tfdist_worker(lm_tiny: bool, reduce_dtype: str = "float32") -> Turn:
         from lm_tiny import get_config
 
         config = get_config()
-        model_config, length, rows, micro_batches = config.model, config.data.sequence_length, config.train.global_batch_size, 4
+        model_config, length, rows, micro_batches = (
+            config.model,
+            config.data.sequence_length,
+            config.train.global_batch_size,
+            4,
+        )
     else:
         model_config, length, rows, micro_batches = step.model_config(), step.LENGTH, step.BATCH, 1
     with strategy.scope():
@@ -51,7 +56,9 @@ def tfdist_worker(lm_tiny: bool, reduce_dtype: str = "float32") -> Turn:
     )  # fmt: skip
 
     def dataset_fn(context):
-        tokens = np.random.default_rng(context.pipeline).integers(0, model_config.vocab_size, (64, length + 1)).astype("int32")
+        tokens = (
+            np.random.default_rng(context.pipeline).integers(0, model_config.vocab_size, (64, length + 1)).astype("int32")
+        )
         data = tf.data.Dataset.from_tensor_slices((tokens[:, :-1], tokens[:, 1:]))
         return data.repeat().batch(rows, drop_remainder=True).prefetch(2)
 

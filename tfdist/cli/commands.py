@@ -4,30 +4,41 @@ import contextlib
 import dataclasses
 import shutil
 import sys
+import time
 from pathlib import Path
 
+from absl import logging
+
+from tfdist.checkpoint import store
 from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cli import job
 from tfdist.cli.processes import workdir_of
+from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve
-from tfdist.errors import UserError
+from tfdist.errors import CheckpointError, UserError
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
 from tfdist.metrics import meters, report
+from tfdist.metrics.writers import JsonLines, Terminal
 from tfdist.models import count
 from tfdist.models.transformer import next_token_loss
 from tfdist.strategies import select, support
 from tfdist.train import actions, evaluate
 
+_POLL_S = 1.0  # how often an evaluator looks for a new checkpoint
+
 
 def train(flags) -> None:
     """Trains, or goes on where the run in the workdir stopped."""
-    config = flags.config
-    strategy = select.make(config.strategy, resolve(), config.cluster)
+    config, cluster = flags.config, resolve()
+    path = flags.workdir or workdir_of([f"--config={flags['config'].config_filename}"])
+    if cluster.task.type == "evaluator":
+        evaluate_checkpoints(config, Workdir(path))
+        return
+    strategy = select.make(config.strategy, cluster, config.cluster)
     dataset = job.open_data(config)
     job.agree_on_data(strategy, dataset.data_hash)
     train_data, eval_data = job.train_data(config, dataset), job.eval_data(config, dataset)
-    path = flags.workdir or workdir_of([f"--config={flags['config'].config_filename}"])
     workdir = job.take_workdir(path, config, flags.fresh) if strategy.is_chief else Workdir(path)
     trainer = job.build_trainer(config, strategy, dataset.data_hash, workdir)
     if not trainer.restore(workdir.path) and config.train.init_from:
@@ -36,8 +47,9 @@ def train(flags) -> None:
         trainer.share_state()
 
     flops = count.flops_per_token(config.model, config.data.sequence_length)
-    peak = meters.peak_flops(strategy.num_replicas, config.model.dtype)
+    peak = meters.Peak(0.0, "the chief's business")
     if strategy.is_chief:
+        peak = meters.peak_flops(strategy.num_replicas, config.model.dtype, len(strategy.cluster.hosts()))
         tokens = dataset.splits["train"].tokens
         print(f"{trainer.model.count_params():,} parameters on {strategy}; {tokens:,} tokens of text")
         print(meters.formula(flops, peak), flush=True)
@@ -58,6 +70,40 @@ def train(flags) -> None:
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
     program = "tfdist" if shutil.which("tfdist") else Path(sys.executable).parent / "tfdist"
     print(f"next: {program} generate --workdir={workdir.path} --prompt='def main('")
+
+
+def evaluate_checkpoints(config, workdir: Workdir) -> None:
+    """The evaluator of a cluster: the exact validation loss of each new checkpoint, up to that of the last step."""
+    strategy = local_strategy(config)
+    dataset = job.open_data(config)
+    model = job.build_model(config, strategy)
+    eval_data, steps = job.eval_data(config, dataset), evaluation(config, strategy, model)
+    writers, done = [Terminal()], -1
+    while done < config.train.num_steps:
+        supervisor().phase("wait", max(done, 0))
+        if max(store.steps(workdir.checkpoints), default=-1) <= done:
+            time.sleep(_POLL_S)
+            continue
+        supervisor().phase("evaluate")
+        try:
+            found = store.latest(workdir.checkpoints)
+            done = job.load_checkpoint(model, found, dataset.data_hash)
+        except (CheckpointError, OSError) as error:  # the chief may have deleted it meanwhile
+            logging.warning("%s; looking again", error)
+            time.sleep(_POLL_S)
+            continue
+        result = evaluate.run(steps, strategy.distribute(eval_data))
+        row = actions.evaluation_row(done, result, dataset.splits["validation"].bytes_per_token)
+        if len(writers) == 1:
+            writers.append(JsonLines(workdir.metrics))
+        for writer in writers:
+            writer.write(row)
+
+
+def evaluation(config, strategy, model):
+    """The compiled evaluation loop of a language model."""
+    jit_compile = support.jit_compile(config.train.jit_compile, model)
+    return strategy.make_steps(evaluate.make_eval_step(strategy, model, next_token_loss, jit_compile))
 
 
 def _sample(config, model, workdir: Workdir, step: int) -> str:
@@ -81,11 +127,8 @@ def eval(flags) -> None:
     strategy = local_strategy(config)
     dataset = job.open_data(config)
     model, step = job.restored_model(config, strategy, workdir)
-    eval_step = evaluate.make_eval_step(
-        strategy, model, next_token_loss, support.jit_compile(config.train.jit_compile, model)
-    )
     iterator = strategy.distribute(job.eval_data(config, dataset, flags.split))
-    result = evaluate.run(strategy.make_steps(eval_step), iterator)
+    result = evaluate.run(evaluation(config, strategy, model), iterator)
     bits = result.bits_per_byte(dataset.splits[flags.split].bytes_per_token)
     print(
         f"step {step}: {flags.split} loss {result.loss:.6f}, perplexity {result.perplexity:.4f}, {bits:.6f} bits per "

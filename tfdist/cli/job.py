@@ -133,13 +133,24 @@ def restored_model(config: Config, strategy: Strategy, workdir: Workdir) -> tupl
 
 def load_weights(model: TransformerLM, origin: str) -> int:
     """Weights only, from another workdir or a `.keras` file; the step they are from, 0 for a file."""
-    values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
     if origin.endswith(".keras"):
+        values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
         load(values, _keras_file_arrays(origin), origin, exact=False)
         return 0
     found = store.latest(Workdir(origin).checkpoints)
     if found is None:
         raise CheckpointError(f"checkpoint: expected a checkpoint in {Workdir(origin).checkpoints}, found none")
+    return load_checkpoint(model, found)
+
+
+def load_checkpoint(model: TransformerLM, found: store.Checkpoint, data_hash: str = "") -> int:
+    """A checkpoint's weights; its step. With `data_hash` it must be of a run on that data."""
+    if data_hash and found.manifest.get("data_hash") != data_hash:
+        raise UserError(
+            f"data: expected {found.manifest.get('data_hash')!r} (of {found.path}), found {data_hash!r}; give every "
+            "task the same files (data.source)"
+        )
+    values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
     load(values, {key: a for key, a in found.arrays().items() if key.startswith(MODEL)}, str(found.path), exact=False)
     return found.step
 

@@ -1,11 +1,8 @@
 """Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands only: help and usage errors are instant."""
 
-import contextlib
 import os
-import re
 import signal
 import sys
-import tempfile
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -13,6 +10,7 @@ from ml_collections import config_flags
 from tfdist import config, errors
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli import processes
+from tfdist.cli.chatter import without_startup_chatter
 from tfdist.cli.usage import fail, near
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, supervisor_fd
@@ -143,9 +141,7 @@ def _run(command: str, arguments: list[str]) -> None:
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up chatter
     logging.get_absl_handler().setFormatter(_Plain())
-    logging.logging.getLogger("tensorflow").setLevel("WARNING")
     # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))
     try:
@@ -155,7 +151,7 @@ def _run(command: str, arguments: list[str]) -> None:
             if supervisor_fd() is None and (cluster.tasks or cluster.task.type == "evaluator"):
                 sys.exit(processes.supervise_training(cluster, flags.FLAGS.config, arguments))
         supervisor()  # from here on it beats
-        with _without_startup_chatter():
+        with without_startup_chatter():
             from tfdist.cli import commands
 
         getattr(commands, command)(flags.FLAGS)
@@ -163,28 +159,6 @@ def _run(command: str, arguments: list[str]) -> None:
         fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
         fail("stopped; the checkpoints in the workdir are as they were", errors.STOPPED)
-
-
-@contextlib.contextmanager
-def _without_startup_chatter():
-    """Importing TensorFlow writes a dozen lines about the build straight to file descriptor 2, which no setting stops.
-
-    Anything else that is written meanwhile comes out afterwards.
-    """
-    sys.stderr.flush()
-    whole = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(whole, 2)
-            os.close(whole)
-            caught.seek(0)
-            for line in caught:
-                if not re.match(rb"[IWE]0000 |WARNING: All log messages before absl::InitializeLog", line):
-                    sys.stderr.write(line.decode(errors="replace"))
 
 
 class _Plain(logging.PythonFormatter):

@@ -7,7 +7,9 @@ from pathlib import Path
 from absl import flags, logging
 
 from tfdist import config, errors
+from tfdist.cli.chatter import without_startup_chatter
 from tfdist.cli.usage import fail, near
+from tfdist.cluster.link import supervisor as supervisor_link
 from tfdist.cluster.preflight import versions
 from tfdist.cluster.resolve import job_token, resolve
 from tfdist.cluster.spec import Cluster
@@ -156,6 +158,12 @@ def _run(cluster: Cluster, command: list[str], facts: dict, limits: Limits) -> i
 def _doctor(given: flags.FlagValues, program: list[str]) -> int:
     if program:
         fail(f"unexpected argument {program[0]!r}")
-    from tfdist import doctor
+    with without_startup_chatter():
+        from tfdist import doctor
 
-    return doctor.run(given.workdir, as_json=given.json)
+    supervisor_link()  # beats from here on
+    try:
+        cluster, problem = resolve(), ""
+    except errors.Failure as error:
+        cluster, problem = Cluster(), str(error)
+    return doctor.run(cluster, given.workdir, given.json, problem)

@@ -66,6 +66,9 @@ class Launcher:
                 failure = await self._run_once()
                 if failure.exit_code in (DONE, STOPPED) or self.stopping:
                     return failure.exit_code
+                if failure.task is not None and failure.task.type == "evaluator":  # the training itself is done
+                    failure.show(final=True)
+                    return failure.exit_code
                 error = f"{failure.task} {failure.exit_code}"
                 wait_s = self.budget.next_start_in_s(failure.exit_code, error, failure.step)
                 failure.show(final=wait_s is None)
@@ -200,7 +203,10 @@ class Failure:
 
 def _cause(members: list["Member"]) -> Failure:
     """The first failure: what most supervisors were told, or the end of a supervisor itself; a lost peer comes last."""
-    ends = [(m.ended_s, m.verdict(), m) for m in members if m.task.type != "evaluator"]
+    everyone = [(m.ended_s, m.verdict(), m) for m in members]
+    ends = [end for end in everyone if end[2].task.type != "evaluator"]
+    if all(end[1]["exit_code"] == DONE for end in ends):  # then a failure of the evaluator counts
+        ends = everyone
     failed = [end for end in ends if end[1]["exit_code"] not in (DONE, STOPPED)]
     if not failed:
         stopped = any(end[1]["exit_code"] == STOPPED for end in ends)

@@ -2,13 +2,14 @@
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
 from tfdist.checkpoint import policy
 from tfdist.errors import CheckpointError, NotFiniteError
 from tfdist.strategies.base import DatasetFn
+from tfdist.train.evaluate import EvalResult
 from tfdist.train.loop import Turn
 
 if TYPE_CHECKING:
@@ -84,18 +85,20 @@ def write_evaluation(trainer: "Trainer", dataset_fn: DatasetFn, bytes_per_token:
     result = trainer.evaluate(dataset_fn, max_steps)
     if not result.complete:
         return result
+    trainer.write(evaluation_row(trainer.step, result, bytes_per_token))
+    return result
+
+
+def evaluation_row(step: int, result: EvalResult, bytes_per_token: float = 0.0) -> dict[str, Any]:
     row = {
         "kind": "eval",
-        "step": trainer.step,
+        "step": step,
         "loss": result.loss,
         "loss_hex": result.loss.hex(),
         "perplexity": result.perplexity,
         "tokens": result.tokens,
     }
-    if bytes_per_token:
-        row["bits_per_byte"] = result.bits_per_byte(bytes_per_token)
-    trainer.write(row)
-    return result
+    return row | ({"bits_per_byte": result.bits_per_byte(bytes_per_token)} if bytes_per_token else {})
 
 
 class Checkpoint(Every):
