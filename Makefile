@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test test-all bench check format clean
 
 demo: $(INSTALLED)  ## train a language model of Python source code, and show the result
-	$(BIN)/tfdist train --config=configs/lm_tiny.py --workdir=runs/demo
+	$(BIN)/tfdist launch --workers=2 -- train --config=configs/lm_tiny.py --workdir=runs/demo
 
 test: $(INSTALLED)  ## the tests, in minutes
 	$(BIN)/python -m pytest -q

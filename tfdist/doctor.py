@@ -48,8 +48,11 @@ class Check:
 
 
 def run(cluster: Cluster, workdir: str, as_json: bool, cluster_problem: str = "") -> int:
-    """Prints the table; on a cluster the chief prints all of it and the others their problems. `cluster_problem`: why the
-    environment gives no cluster; `cluster` is then this process alone. Returns the exit code: 7 when a check failed."""
+    """Prints the table; on a cluster the chief prints all of it and the others their problems.
+
+    `cluster_problem`: why the environment gives no cluster; `cluster` is then this process alone. Returns the exit code:
+    7 when a check failed.
+    """
     checks: list[Check] = []
     strategy = None
     for part in (versions(), machine(), disk(Path(workdir))):

@@ -47,9 +47,8 @@ def train(flags) -> None:
         trainer.share_state()
 
     flops = count.flops_per_token(config.model, config.data.sequence_length)
-    peak = meters.Peak(0.0, "the chief's business")
+    peak = job.peak_flops(config, strategy)
     if strategy.is_chief:
-        peak = meters.peak_flops(strategy.num_replicas, config.model.dtype, len(strategy.cluster.hosts()))
         tokens = dataset.splits["train"].tokens
         print(f"{trainer.model.count_params():,} parameters on {strategy}; {tokens:,} tokens of text")
         print(meters.formula(flops, peak), flush=True)

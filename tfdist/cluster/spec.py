@@ -78,10 +78,6 @@ class Cluster:
         addresses = getattr(self, task.type)
         return addresses[task.index] if task.index < len(addresses) else None
 
-    def hosts(self) -> set[str]:
-        """The machines of those who compute, as far as their names tell."""
-        return {split_address(self.address(task))[0] for task in self.collective} or {"localhost"}
-
     def jobs(self) -> dict[str, list[str]]:
         """What a TF_CONFIG has under `cluster`."""
         return {job: list(getattr(self, job)) for job in JOBS if getattr(self, job)}

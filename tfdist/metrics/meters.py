@@ -27,10 +27,10 @@ class Peak:
     source: str
 
 
-def peak_flops(num_replicas: int, dtype: str, num_hosts: int = 1) -> Peak:
+def peak_flops(num_replicas: int, dtype: str) -> Peak:
     """The rate that MFU is measured against: a table for known GPUs, else a matrix product measured now.
 
-    Logical CPU devices share one CPU, so the number of hosts counts for them.
+    Logical CPU devices share one CPU, so their number does not count.
     """
     kind = "bfloat16" if "16" in dtype else ("float64" if dtype == "float64" else "float32")
     gpus = tf.config.list_physical_devices("GPU")
@@ -41,8 +41,7 @@ def peak_flops(num_replicas: int, dtype: str, num_hosts: int = 1) -> Peak:
                 return Peak(num_replicas * peaks[kind], f"{num_replicas} x {name}, {kind}: data sheet")
         rate = num_replicas * measured_flops(kind)
         return Peak(rate, f"{num_replicas} x {name}: a measured {_SIZE}^3 {kind} matrix product")
-    hosts = "this CPU" if num_hosts == 1 else f"{num_hosts} x this CPU"
-    return Peak(num_hosts * measured_flops(kind), f"{hosts}: a measured {_SIZE}^3 {kind} matrix product")
+    return Peak(measured_flops(kind), f"this CPU: a measured {_SIZE}^3 {kind} matrix product")
 
 
 def measured_flops(dtype: str) -> float:
