@@ -12,6 +12,7 @@ from tfdist.config import Config, config_hash, differing_fields, from_json, to_j
 from tfdist.data import shards
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
 from tfdist.errors import CheckpointError, DataError, UserError
+from tfdist.metrics import meters
 from tfdist.metrics.writers import TensorBoard, Terminal
 from tfdist.models.transformer import TransformerLM, next_token_loss
 from tfdist.optim.adamw import adamw
@@ -71,6 +72,15 @@ def agree_on_data(strategy: Strategy, data_hash: str) -> None:
                 f"data: differs between the workers: {hashes[0][:16]} at {strategy.cluster.leader}, {found[:16]} at {task}; "
                 "give all of them the same files (data.source) and the same validation_fraction"
             )
+
+
+def peak_flops(config: Config, strategy: Strategy) -> meters.Peak:
+    """Of all workers together; they measure at the same time, so that those who share a machine share its rate. Every
+    worker calls it."""
+    strategy.barrier()
+    mine = meters.peak_flops(strategy.local_replicas(), config.model.dtype)
+    rates = [float.fromhex(message.decode()) for message in strategy.exchange(mine.flops_per_s.hex().encode())]
+    return meters.Peak(sum(rates), mine.source + (f", of {len(rates)} workers" if len(rates) > 1 else ""))
 
 
 def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: Workdir) -> Trainer:

@@ -137,6 +137,8 @@ class Launcher:
             own["TFDIST_DEVICES_PER_WORKER"] = str(self.group.devices_per_worker)
         if cluster.task in devices:
             own["CUDA_VISIBLE_DEVICES"] = devices[cluster.task]
+        elif "TF_NUM_INTRAOP_THREADS" not in os.environ:  # else every worker would start a thread for every core
+            own["TF_NUM_INTRAOP_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.group.num_workers))
         # `python` is the one that runs the launcher, also when its environment is not activated
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         return {**os.environ, "PATH": path, **own}
