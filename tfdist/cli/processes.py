@@ -113,8 +113,9 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--log_dir: cannot write to {log_dir}: {error.strerror}")
+    again = [a for a in command if not (is_train and a.split("=")[0] in ("--fresh", "-fresh"))]
     return launcher.run(launcher.Group(
-        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
+        command, again, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
     ))  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def supervise_training(cluster: Cluster, settings: config.Config, arguments: lis
     """Runs `tfdist train` with the same arguments as a supervised child. Returns its exit code."""
     limits = Limits(**{name: getattr(settings.cluster, name) for name in Limits.__dataclass_fields__})
     facts = versions() | config.cluster_facts(settings)
-    return _run(cluster, [*_PROGRAM, "train", *arguments], facts, limits)
+    return _run(cluster, [*_PROGRAM, "train", *arguments], facts, limits, must_beat=True)
 
 
 def _supervise(given: flags.FlagValues, program: list[str]) -> int:
@@ -144,11 +145,11 @@ def _supervise(given: flags.FlagValues, program: list[str]) -> int:
         fail("expected a program after --, found none; for example tfdist supervise -- python x.py")
     limits = Limits(**{name: given[name].value for name in Limits.__dataclass_fields__})
     command = [*_PROGRAM, *program] if program[0] in _OWN_COMMANDS else program
-    return _run(resolve(), command, versions(), limits)
+    return _run(resolve(), command, versions(), limits, must_beat=False)
 
 
-def _run(cluster: Cluster, command: list[str], facts: dict, limits: Limits) -> int:
-    job = supervisor.Job(cluster, job_token(cluster), command, facts, limits, **supervisor.from_launcher())
+def _run(cluster: Cluster, command: list[str], facts: dict, limits: Limits, must_beat: bool) -> int:
+    job = supervisor.Job(cluster, job_token(cluster), command, facts, limits, must_beat, **supervisor.from_launcher())
     return supervisor.run(job)
 
 

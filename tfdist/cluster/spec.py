@@ -95,6 +95,11 @@ class Cluster:
 
 def check_strategy(cluster: Cluster, kind: str) -> None:
     """Raises `TFConfigError` for a cluster that the strategy kind (`strategy.kind` of a config) cannot use."""
+    if kind in ("one_device", "mirrored") and len(cluster.collective) > 1 and cluster.task.type != "evaluator":
+        raise TFConfigError(
+            f"TF_CONFIG: cluster: has {len(cluster.collective)} tasks, got strategy.kind={kind}, which trains alone; use "
+            "multi_worker or auto, or unset TF_CONFIG"
+        )
     if kind in ("multi_worker", "parameter_server") and cluster.source == "nothing":
         raise TFConfigError(
             f"TF_CONFIG: not set; strategy.kind={kind} needs a cluster: set it in each process, or start with tfdist launch"

@@ -32,6 +32,7 @@ class Group:
     """What to launch. `command` runs in every task, a supervisor over the training process."""
 
     command: Sequence[str]
+    restart_command: Sequence[str]  # what starts again after a failure must not begin anew
     num_workers: int
     num_ps: int = 0
     evaluator: bool = False
@@ -77,6 +78,7 @@ class Launcher:
                         _say(f"no restart: {self.budget.why_not(failure.exit_code)}")
                     return failure.exit_code
                 _say(f"restart {self.budget.used} of {self.budget.max_restarts} of the whole group in {wait_s:g} s")
+                self.group = dataclasses.replace(self.group, command=self.group.restart_command)
                 await self._sleep(wait_s)
                 if self.stopping:
                     return STOPPED

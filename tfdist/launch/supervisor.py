@@ -29,6 +29,7 @@ LAUNCHER_FD = "TFDIST_LAUNCHER_FD"  # names the socket to the launcher; its end 
 MAX_RESTARTS = "TFDIST_MAX_RESTARTS"
 _TICK_S = 0.1
 _STATUS_EVERY_S = 0.5
+_SHARED = ("phase", "step", "batches", "steps", "ticks", "suspended", "exiting", "must_beat")  # of `Seen`, with the leader
 _STACKS_S = 1.0  # time to write stacks between SIGUSR1 and SIGKILL
 _NOTHING_TO_SAVE = ("start", "import", "build")  # phases in which a stop need not wait
 _STOP_GRACE_S = 5.0
@@ -44,6 +45,7 @@ class Job:
     command: Sequence[str]
     facts: Mapping[str, Any]  # what must be equal on every task
     limits: Limits
+    must_beat: bool = False  # the command is a tfdist program, which beats from its start
     max_restarts: int = 0  # of a process that restarts alone
     launcher_fd: int | None = None  # a socket to the launcher; its end of file is the launcher's death
 
@@ -158,7 +160,7 @@ class Supervisor:
         """Takes over the child's beats and its end; starts one that restarts alone again."""
         child = self.child
         child.read()
-        mine.hear(child.status(now_s), now_s)
+        mine.hear(child.status(now_s) | {"must_beat": self.job.must_beat}, now_s)
         nothing_to_save = mine.phase in _NOTHING_TO_SAVE or mine.exiting
         if self.stopping and nothing_to_save and now_s - child.stop_sent_s > _STOP_GRACE_S:
             child.kill()
@@ -186,9 +188,7 @@ class Supervisor:
                 peer.send({"alive": True})
             return
         now_s = time.monotonic()
-        status = {
-            name: getattr(mine, name) for name in ("phase", "step", "batches", "steps", "ticks", "suspended", "exiting")
-        }
+        status = {name: getattr(mine, name) for name in _SHARED}
         status |= {"silent_s": None if mine.beat_s is None else now_s - mine.beat_s, "exit_code": mine.exit_code}
         self.peers[self.job.cluster.leader].send({"status": status})
 

@@ -6,6 +6,8 @@ import signal
 from tfdist.cluster.spec import Task
 from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
 
+_LATE_S = 2.5  # several beats and the longest time that Python's lock is held
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -30,6 +32,7 @@ class Seen:
     heard_s: float  # when its supervisor last said anything
     moved_s: float  # when its training last went forward
     beat_s: float | None = None  # when the process itself last beat; None: it never has (a program without tfdist)
+    must_beat: bool = False  # it is a tfdist program: not even a first beat means that its start hangs
     suspended: bool = False  # the system says that it is stopped (SIGSTOP)
     phase: str = "start"
     exiting: bool = False  # the interpreter is going down; `phase` stays what it was
@@ -45,7 +48,7 @@ class Seen:
         self.heard_s = now_s
         silent_s = status.get("silent_s")
         self.beat_s = None if silent_s is None else now_s - float(silent_s)
-        self.suspended = bool(status.get("suspended"))
+        self.suspended, self.must_beat = bool(status.get("suspended")), bool(status.get("must_beat"))
         before = (self.phase, self.batches, self.steps, self.ticks)
         phase = str(status.get("phase", self.phase))[:40]
         self.exiting = phase == "exit" or bool(status.get("exiting"))
@@ -81,6 +84,10 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
             message = f"{first.task} {describe_exit(first.exit_code)} ({first.at()})"
             return Verdict(first.exit_code, message, first.task, first.step)
         return None
+    running = [seen for seen in everyone if seen.exit_code is None and not seen.exiting]
+    late = [seen for seen in running if seen.suspended or (seen.beat_s is not None and now_s - seen.beat_s > _LATE_S)]
+    if failed and late:  # the others noticed before its heartbeat ran out
+        return Verdict(WATCHDOG, f"{late[0].task} is frozen ({late[0].at()})", late[0].task, late[0].step, stacks=True)
     if failed and now_s - min(seen.exited_s for seen in failed) >= 2 * own_reason_first_s:
         first = min(failed, key=lambda seen: seen.exited_s)
         return Verdict(PEER_LOST, f"{first.task} lost a peer ({first.at()})", first.task, first.step)
@@ -109,7 +116,7 @@ def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ve
 def _stuck(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
     """In a synchronous group whoever waits for others looks stuck too, so only a group that all stands still is stuck,
     each by the limit of its own phase; then those who are furthest behind are to blame."""
-    running = [seen for seen in everyone if seen.exit_code is None and seen.beat_s is not None]
+    running = [seen for seen in everyone if seen.exit_code is None and (seen.beat_s is not None or seen.must_beat)]
     if not running or any(now_s - seen.moved_s <= limits.of(seen) for seen in running):
         return None
     least = min((seen.steps, seen.batches) for seen in running)

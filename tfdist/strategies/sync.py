@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import signal
-import threading
 from typing import Any
 
 import keras
@@ -11,12 +9,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
-from tfdist.cluster import preflight, resolve
 from tfdist.cluster.link import supervisor
-from tfdist.cluster.spec import Cluster, check_strategy
+from tfdist.cluster.resolve import resolve
+from tfdist.cluster.spec import Cluster
 from tfdist.errors import PeerLost, UserError
-from tfdist.strategies import devices, layout, messages
+from tfdist.strategies import devices, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
 
@@ -219,39 +216,15 @@ class MultiWorkerMirrored(Synchronous):
         self, cluster: Cluster | None = None, *, num_devices: int = 0, communication: str = "auto",
         bytes_per_pack: int = 0, timeout_s: float = 0.0, start_timeout_s: float = 300.0,
     ):  # fmt: skip
-        cluster = cluster or resolve.resolve()
-        num_devices = num_devices or resolve.devices_per_worker()
-        check_strategy(cluster, "multi_worker")
-        if cluster.task.type == "evaluator":
-            raise UserError(
-                "MultiWorkerMirrored: expected a chief or a worker, found an evaluator, which trains with nobody"
-            )
-        if not supervisor().is_there and len(cluster.tasks) > 1:
-            preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
-        handler = signal.getsignal(signal.SIGTERM)
-        options = tf.distribute.experimental.CommunicationOptions(
+        cluster = cluster or resolve()
+        tf_strategy = multi_worker.connect(
+            cluster,
+            num_devices=num_devices,
+            communication=communication,
             bytes_per_pack=bytes_per_pack,
-            timeout_seconds=timeout_s or None,
-            implementation=tf.distribute.experimental.CommunicationImplementation[communication.upper()],
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
         )
-        num_gpus, num_cpus = devices.worker_devices(num_devices)
-        with patches.worker_on_logical_cpus(num_cpus):
-            members = {job: addresses for job, addresses in cluster.jobs().items() if job in ("chief", "worker")}
-            tf_cluster = tf.distribute.cluster_resolver.SimpleClusterResolver(
-                tf.train.ClusterSpec(members), task_type=cluster.task.type, task_id=cluster.task.index, rpc_layer="grpc",
-                num_accelerators={"GPU": num_gpus},
-            )  # fmt: skip
-            try:
-                tf_strategy = tf.distribute.MultiWorkerMirroredStrategy(tf_cluster, options)
-            except RuntimeError as error:
-                if "startup" not in str(error) and "initialized" not in str(error):
-                    raise
-                raise UserError(
-                    "expected tfdist.MultiWorkerMirrored before any other TensorFlow work, found that TensorFlow has "
-                    "already started (a tensor, a variable or another strategy was made); make the strategy first"
-                ) from error
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # TensorFlow has put a C handler there that swallows the signal
         super().__init__(tf_strategy, cluster)
 
 

@@ -153,6 +153,7 @@ class StopIfNotFinite:
                         trainer.save()
                     except CheckpointError as error:
                         logging.error("%s", error)
+                trainer.strategy.barrier()  # the first one to leave ends the group, also while the chief still saves
                 raise NotFiniteError(
                     f"the loss or the gradients were not finite for {self.in_a_row} steps in a row, up to step "
                     f"{turn.first_step + i + 1}; no variable was changed by them. Lower the learning rate, or look at "
