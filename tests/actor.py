@@ -34,7 +34,8 @@ def main(*behaviours: str) -> None:
     print(f"{me} pid {os.getpid()} {mine}", flush=True)
     if mine == "orphan":  # a grandchild that would stay
         print("grandchild", subprocess.Popen(["sleep", "600"]).pid, flush=True)
-    while step < STEPS and not told.is_set():
+    steps = 10**9 if mine == "forever" else STEPS
+    while step < steps and not told.is_set():
         time.sleep(STEP_S)
         step += 1
         if step == 20:

@@ -34,3 +34,9 @@ def run(arguments: Sequence[str], env: dict[str, str] | None = None, limit_s: fl
 
 def tfdist(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     return run(["-m", "tfdist.cli", *arguments], env)
+
+
+def measured(name: str, seconds: float, at_most: float) -> None:
+    """Asserts a promised time, and prints it (`pytest -s` shows the lines; docs/benchmarks.md has them)."""
+    print(f"\nmeasured: {name}: {seconds:.2f} s (at most {at_most:g})")
+    assert seconds <= at_most, f"{name}: {seconds:.2f} s, expected at most {at_most:g}"

@@ -266,7 +266,7 @@ def _slow(*case):
     ("arguments", "env", "code", "expected"),
     [
         ([], {"KERAS_BACKEND": "jax"}, 2, "KERAS_BACKEND: expected tensorflow, found 'jax'"),
-        ([], {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'}, 2, "TF_CONFIG: expected none"),
+        ([], {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'}, 2, "TF_CONFIG: task: missing"),
         (["--config.data.source=files:/nowhere/*.txt"], {}, 3, "found none"),
         (["--config.strategy.kind=tpu"], {}, 2, "TPU: not there yet"),
         _slow(["--config.data.source=shards:/nowhere"], {}, 3, "expected a token dataset"),

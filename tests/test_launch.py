@@ -1,6 +1,7 @@
 """The launcher and its supervisors, with real processes that do not import TensorFlow (tests/actor.py)."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -12,14 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import finish, start
+from processes import finish, measured, start
 
+from tfdist.cli.processes import main as processes_command
 from tfdist.cluster.spec import Task, from_tf_config
 from tfdist.launch import launcher, restarts
 from tfdist.launch.launcher import Group
 from tfdist.launch.watchdog import Limits, Seen, judge
 
 ACTOR = str(Path(__file__).parent / "actor.py")
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 QUICK = ("--heartbeat_timeout_s=2", "--step_timeout_s=2", "--start_timeout_s=5")
 
 
@@ -97,6 +100,7 @@ def test_output_has_prefixes_logs_are_whole_and_tasks_know_who_they_are(tmp_path
         assert line.removeprefix(f"[worker {i}] ") in log(tmp_path, f"worker-{i}")
 
 
+@pytest.mark.slow
 def test_with_servers_there_is_one_process_more(tmp_path):
     process = launch(tmp_path, "--workers=3", "--ps=2", "--evaluator", actors=("worker2:exit1_once",), ACTOR_STEPS=60,
                      ACTOR_FILE=tmp_path / "once", CUDA_VISIBLE_DEVICES="")  # fmt: skip
@@ -111,7 +115,8 @@ def test_with_servers_there_is_one_process_more(tmp_path):
 
 
 def test_a_worker_with_servers_restarts_alone(tmp_path):
-    process = launch(tmp_path, "--workers=2", "--ps=1", "--max-restarts=2", actors=("worker1:exit1_once",), ACTOR_STEPS=150,
+    process = launch(tmp_path, "--workers=2", "--ps=1", "--max-restarts=2",
+                     actors=("worker0:forever", "worker1:exit1_once", "ps0:forever"), ACTOR_STEPS=130,
                      ACTOR_FILE=tmp_path / "once")  # fmt: skip
     done = finish(process, 40)
     assert done.returncode == 0, done.stderr
@@ -120,6 +125,7 @@ def test_a_worker_with_servers_restarts_alone(tmp_path):
     assert starts == {"chief-0": 1, "worker-0": 1, "worker-1": 2, "ps-0": 1}
 
 
+@pytest.mark.slow
 def test_an_evaluator_restarts_alone(tmp_path):
     process = launch(tmp_path, "--workers=1", "--evaluator", "--max-restarts=1", actors=("evaluator0:exit1_once",),
                      ACTOR_STEPS=150, ACTOR_FILE=tmp_path / "once")  # fmt: skip
@@ -137,6 +143,7 @@ def test_a_collective_worker_restarts_the_whole_group(tmp_path):
     assert "restart 1 of 2 of the whole group" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_same_error_three_times_is_enough(tmp_path):
     process = launch(tmp_path, "--workers=2", "--max-restarts=9", actors=("worker1:exit1",))
     done = finish(process, 60)
@@ -167,20 +174,20 @@ def test_budget():
 # ---- death ----
 
 
-@pytest.mark.parametrize("task", ["worker0", "worker1"])
+@pytest.mark.parametrize("task", [_slow("worker0"), "worker1"])
 def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
     process = launch(tmp_path, "--workers=3")
     programs = dict(zip(("worker0", "worker1", "worker2"), pids(tmp_path, "worker-0", "worker-1", "worker-2"), strict=True))
     members = group_of(process)
     started_s = time.monotonic()
     os.kill(programs[task], signal.SIGKILL)
-    assert_all_gone(members, 2.0)
+    assert_all_gone(members, 3.0)
+    measured("worker dies -> group stopped", time.monotonic() - started_s, 2.0)
     done = finish(process, 5)
-    assert time.monotonic() - started_s < 2.5
     assert done.returncode == 137 and f"worker {task[-1]} was killed by signal 9 (SIGKILL)" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("task", ["worker-0", "worker-1"])
+@pytest.mark.parametrize("task", ["worker-0", _slow("worker-1")])
 def test_a_dead_supervisor_ends_the_group(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
@@ -196,7 +203,9 @@ def test_a_killed_launcher_leaves_nobody(tmp_path):
     pids(tmp_path, "worker-0", "worker-1", "evaluator-0")
     members = wait_until(lambda: len(found := group_of(process)) >= 7 and found)
     os.kill(process.pid, signal.SIGKILL)
+    started_s = time.monotonic()
     assert_all_gone(members, 5.0)
+    measured("launcher killed -> nobody left", time.monotonic() - started_s, 5.0)
     finish(process, 5)
 
 
@@ -213,14 +222,15 @@ def test_what_a_program_started_goes_with_it(tmp_path):
 def test_a_frozen_worker_is_found_and_all_stacks_are_written(tmp_path):
     process = launch(tmp_path, "--workers=2", actors=("worker1:freeze",))
     pids(tmp_path, "worker-0", "worker-1")
-    started_s = time.monotonic()
+    started_s = time.monotonic() + 20 * 0.02  # of its 20 steps
     done = finish(process, 20)
-    assert time.monotonic() - started_s < 20 * 0.02 + 2 + 2 + 1
+    measured("worker frozen -> group stopped (heartbeat 2 s)", time.monotonic() - started_s, 2 + 2)
     assert done.returncode == 142 and "worker 1 is frozen: no heartbeat for" in done.stderr
     for i in range(2):
         assert "most recent call first" in log(tmp_path, f"worker-{i}") and "actor.py" in log(tmp_path, f"worker-{i}")
 
 
+@pytest.mark.slow
 def test_a_frozen_program_without_heartbeats_is_found(tmp_path):
     process = launch(tmp_path, "--workers=2", actors=("worker0:silent_program", "worker1:silent_program"))
     frozen = pids(tmp_path, "worker-0", "worker-1")[1]
@@ -229,7 +239,7 @@ def test_a_frozen_program_without_heartbeats_is_found(tmp_path):
     assert done.returncode == 142 and "worker 1 is frozen: its process is stopped" in done.stderr
 
 
-@pytest.mark.parametrize("task", ["worker-0", "worker-1"])
+@pytest.mark.parametrize("task", [_slow("worker-0"), "worker-1"])
 def test_a_frozen_supervisor_is_found(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
@@ -245,10 +255,10 @@ def test_a_group_that_stands_still_is_found(tmp_path):
     """Actors do not wait for each other, so both have to stand still; who has done less is to blame."""
     process = launch(tmp_path, "--workers=2", actors=("worker0:stuck", "worker1:stuck"))
     pids(tmp_path, "worker-0", "worker-1")
-    started_s = time.monotonic()
+    started_s = time.monotonic() + 20 * 0.02
     done = finish(process, 20)
+    measured("worker stuck -> group stopped (step timeout 2 s)", time.monotonic() - started_s, 2 + 2)
     assert done.returncode == 142 and "stuck: nobody went forward for" in done.stderr
-    assert time.monotonic() - started_s < 20 * 0.02 + 2 + 2 + 1
     assert "time.sleep(600)" in log(tmp_path, "worker-1") or "actor.py" in log(tmp_path, "worker-1")
 
 
@@ -293,7 +303,7 @@ def test_judgement(everyone, code, text):
 # ---- stopping ----
 
 
-@pytest.mark.parametrize("whom", ["launcher", "one supervisor", "one program", "all programs"])
+@pytest.mark.parametrize("whom", ["launcher", "one supervisor", "one program", _slow("all programs")])
 def test_sigterm_stops_everyone(tmp_path, whom):
     process = launch(tmp_path, "--workers=2")
     programs = pids(tmp_path, "worker-0", "worker-1")
@@ -407,3 +417,13 @@ def test_a_program_that_does_not_exist(tmp_path):
     command = ["-m", "tfdist.cli", "launch", "--workers=1", f"--log_dir={tmp_path}", "--", "no-such-program"]
     done = finish(start(command), 10)
     assert done.returncode == 2 and "cannot start no-such-program" in done.stderr
+
+
+def test_what_starts_again_does_not_begin_anew(monkeypatch, tmp_path):
+    groups = []
+    monkeypatch.setattr(launcher, "run", lambda group: groups.append(group) or 0)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(SystemExit):
+        processes_command("launch", ["--workers=2", f"--log-dir={tmp_path}", "--", "train", "--config=x.py", "--fresh"])
+    assert "--fresh" in groups[0].command and "--fresh" not in groups[0].restart_command
+    assert [a for a in groups[0].command if a != "--fresh"] == list(groups[0].restart_command)

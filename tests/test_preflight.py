@@ -91,8 +91,8 @@ def test_a_missing_leader_is_named(addresses):
 
 def test_a_late_peer_is_waited_for(addresses):
     clusters = tasks(*addresses[:2])
-    results, seconds = together(one(clusters[0]), one(clusters[1], delay_s=1.2))
-    assert isinstance(results[0], dict) and isinstance(results[1], dict) and seconds > 1.2
+    results, seconds = together(one(clusters[0], timeout_s=5), one(clusters[1], delay_s=0.6))
+    assert isinstance(results[0], dict) and isinstance(results[1], dict) and seconds > 0.6
 
 
 def test_one_that_goes_away_and_comes_back_is_met_again(addresses):

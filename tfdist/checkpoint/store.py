@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from absl import logging
 
+from tfdist.cluster.link import supervisor
 from tfdist.errors import CheckpointError
 
 FORMAT = 1
@@ -165,6 +166,7 @@ def _write_values(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[st
             raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             file.write(raw)
             digest.update(raw)
+            supervisor().tick()
             entries[key] = {
                 "shape": list(array.shape),
                 "dtype": array.dtype.name,

@@ -8,6 +8,7 @@ from absl import logging
 
 from tfdist.checkpoint import keys, store
 from tfdist.checkpoint.workdir import Workdir, write_atomically
+from tfdist.cluster.link import supervisor
 from tfdist.config import Config, config_hash, differing_fields, from_json, to_json
 from tfdist.data import shards
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
@@ -23,6 +24,7 @@ from tfdist.train.trainer import Trainer
 
 def open_data(config: Config) -> shards.TokenDataset:
     """Builds the token cache if needed, and checks that the model can read it."""
+    supervisor().phase("data")
     default = os.environ.get("TFDIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tfdist"
     cache_dir = Path(config.data.cache_dir or default).expanduser()
     dataset = shards.open_source(config.data.source, config.data.text_key, config.data.validation_fraction, cache_dir)

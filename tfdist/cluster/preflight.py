@@ -88,6 +88,7 @@ class Meeting:
         self.own_error: Failure | None = None
         self.told: Failure | None = None  # another task's error
         self.go = False
+        self.warned: set[Task] = set()  # of a public address
         self.changed = asyncio.Event()
         self.tasks: list[asyncio.Task] = []
         self.server: asyncio.Server | None = None
@@ -361,7 +362,8 @@ class Meeting:
 
     def _warn_if_public(self, task: Task, connection: Connection) -> None:
         address = connection.writer.get_extra_info("peername")[0].partition("%")[0]
-        if ipaddress.ip_address(address).is_global and not self.reasons.get(task, "").startswith("public"):
+        if ipaddress.ip_address(address).is_global and task not in self.warned:
+            self.warned.add(task)
             logging.warning(
                 "%s is at the public address %s: TensorFlow's traffic is neither encrypted nor authenticated; use a private "
                 "network (SECURITY.md)", task, address,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tfdist.cluster.link import supervisor
 from tfdist.data import corpus
 from tfdist.data.tokenizer import ByteTokenizer
 from tfdist.errors import DataError
@@ -62,7 +63,9 @@ def open_source(source: str, text_key: str, validation_fraction: float, cache_di
         return read(Path(source.removeprefix("shards:")))
 
     def documents() -> Iterator[corpus.Document]:
-        return corpus.documents(source, text_key, validation_fraction)
+        for document in corpus.documents(source, text_key, validation_fraction):
+            supervisor().tick()
+            yield document
 
     tokenizer = ByteTokenizer()
     data_hash = content_hash(documents(), tokenizer)

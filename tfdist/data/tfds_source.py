@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError
 
 _STALL_S = 10.0  # nothing written for this long: the download is given up
@@ -93,6 +94,7 @@ def _wait_while_it_grows(child: subprocess.Popen, name: str, folder: Path) -> No
         now = _folder_bytes(folder)
         if now != size:
             size, since = now, time.monotonic()
+            supervisor().tick()
         elif time.monotonic() - since > _STALL_S:
             child.kill()
             child.wait()

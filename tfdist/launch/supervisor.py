@@ -31,7 +31,7 @@ _TICK_S = 0.1
 _STATUS_EVERY_S = 0.5
 _SHARED = ("phase", "step", "batches", "steps", "ticks", "suspended", "exiting", "must_beat")  # of `Seen`, with the leader
 _STACKS_S = 1.0  # time to write stacks between SIGUSR1 and SIGKILL
-_NOTHING_TO_SAVE = ("start", "import", "build")  # phases in which a stop need not wait
+_NOTHING_TO_SAVE = ("start", "import", "data", "build")  # phases in which a stop need not wait
 _STOP_GRACE_S = 5.0
 _GOODBYE_S = 1.0
 

@@ -76,6 +76,8 @@ class Verdict:
 def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s: float = 0.4) -> Verdict | None:
     """The reason to end the group now, if there is one. A peer's loss is blamed on somebody else if anybody fits."""
     step = max((seen.step for seen in everyone), default=0)
+    if any(seen.task.type == "ps" for seen in everyone) and everyone[0].exit_code in (DONE, STOPPED):
+        return Verdict(everyone[0].exit_code, "the chief is done", None, step)  # servers and their workers never end
     failed = [seen for seen in everyone if seen.exit_code not in (None, DONE, STOPPED)]
     causes = [seen for seen in failed if seen.exit_code != PEER_LOST]
     if causes:

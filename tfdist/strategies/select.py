@@ -1,8 +1,10 @@
 """From a config or the environment to a strategy."""
 
+import dataclasses
+
 import tensorflow as tf
 
-from tfdist.cluster.resolve import resolve
+from tfdist.cluster.resolve import devices_per_worker, resolve
 from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.config import ClusterConfig, StrategyConfig
 from tfdist.errors import UserError
@@ -41,6 +43,7 @@ def kind_for(config: StrategyConfig, cluster: Cluster) -> str:
 def make(config: StrategyConfig, cluster: Cluster | None = None, waiting: ClusterConfig | None = None) -> Strategy:
     """The strategy of a config. Without `cluster` this process is alone."""
     cluster, waiting = cluster or Cluster(), waiting or ClusterConfig()
+    config = dataclasses.replace(config, num_devices=config.num_devices or devices_per_worker())
     kind = kind_for(config, cluster)
     check_strategy(cluster, kind)
     if kind == "one_device":

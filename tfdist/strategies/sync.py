@@ -160,6 +160,7 @@ class Synchronous:
         self.exchange(b"")
 
     def _sum_over_workers(self, array: np.ndarray) -> np.ndarray:
+        supervisor().tick()  # sending a large state takes long
         with self._peers():
             return self._sum(tf.constant(array, tf.float32)).numpy()
 
