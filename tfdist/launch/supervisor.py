@@ -34,6 +34,7 @@ _STACKS_S = 1.0  # time to write stacks between SIGUSR1 and SIGKILL
 _NOTHING_TO_SAVE = ("start", "import", "data", "build")  # phases in which a stop need not wait
 _STOP_GRACE_S = 5.0
 _GOODBYE_S = 1.0
+_SECOND_SIGNAL_S = 0.8  # sooner, it is the same wish by another way: the whole process group, or the launcher as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Supervisor:
         self.child: Child | None = None
         self.verdict: Verdict | None = None
         self.stopping = False
+        self.signalled_s: float | None = None
         self.kill_now = False
         self.budget = restarts.Budget(job.max_restarts)
 
@@ -83,9 +85,14 @@ class Supervisor:
         meeting = None
 
         def on_signal() -> None:
-            if self.stopping:
+            now_s = time.monotonic()
+            if self.signalled_s is None:
+                self.signalled_s = now_s
+            elif now_s - self.signalled_s > _SECOND_SIGNAL_S:
                 self.kill_now = True
-            elif self.child is None:
+            if self.stopping:
+                return
+            if self.child is None:
                 self.stopping = True
                 main.cancel()
             else:
@@ -239,11 +246,11 @@ class Supervisor:
                    "stacks": verdict.stacks}  # fmt: skip
             for peer in self.peers.values():
                 peer.send({"end": end})
+        if verdict.exit_code not in (DONE, STOPPED):
+            self._say(f"{verdict.message}; the group is stopped")
         if verdict.stacks and self.child.poll() is None:
             await self.child.write_stacks()
         self.child.kill()
-        if verdict.exit_code not in (DONE, STOPPED):
-            self._say(f"{verdict.message}; the group was stopped")
         self._report(verdict)
 
     def _say(self, text: str) -> None:
