@@ -11,8 +11,8 @@ demo: $(INSTALLED)  ## train a language model of Python source code, and show th
 test: $(INSTALLED)  ## the tests, in minutes
 	$(BIN)/python -m pytest -q
 
-test-all: $(INSTALLED)  ## the whole matrix of strategies and features too
-	$(BIN)/python -m pytest -q --slow
+test-all: $(INSTALLED)  ## what `make test` leaves out: the whole matrix of strategies and features, the long faults
+	$(BIN)/python -m pytest -q --slow -m slow
 
 bench: $(INSTALLED)  ## the table of docs/benchmarks.md
 	$(BIN)/python benchmarks/step.py

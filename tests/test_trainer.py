@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import signal
+import threading
 
 import keras
 import numpy as np
@@ -16,7 +17,10 @@ from tfdist.config import ModelConfig
 from tfdist.errors import CheckpointError, NotFiniteError, Stopped, UserError
 from tfdist.metrics.writers import read_rows
 from tfdist.models.transformer import TransformerLM, next_token_loss
+from tfdist.strategies import multi_worker
+from tfdist.train.actions import write_evaluation
 from tfdist.train.loop import Turn, next_stop
+from tfdist.train.step import all_reduce
 
 LENGTH = 8
 
@@ -430,3 +434,50 @@ class Due:
 )
 def test_the_loop_lands_on_the_next_due_step(step, due, expected):
     assert next_stop(step, 100, 10, [Due(d) for d in due]) == expected
+
+
+# ---- between replicas ----
+
+
+def test_gradients_in_bfloat16_and_counts_exact(strategy):
+    gradient, stats = tf.constant([1.0009765625, 3.0]), tf.constant([123457.0, 1.0])
+
+    @tf.function(autograph=False)
+    def reduce(dtype):
+        return strategy.tf_strategy.run(lambda: all_reduce([gradient, stats], dtype))
+
+    rounded, counts = reduce("bfloat16")
+    assert rounded.dtype == tf.float32 and rounded.numpy().tolist() == [1.0, 3.0]
+    assert counts.numpy().tolist() == [123457.0, 1.0]
+    assert reduce("")[0].numpy().tolist() == gradient.numpy().tolist()
+
+
+def test_gradients_of_several_types_are_reduced_each_in_its_own(strategy):
+    tensors = [tf.constant([1.0], tf.bfloat16), tf.constant([2.0], tf.float64), tf.constant([3.0], tf.float32)]
+
+    @tf.function(autograph=False)
+    def reduce():
+        return strategy.tf_strategy.run(lambda: all_reduce(tensors))
+
+    assert [(t.dtype, float(t[0])) for t in reduce()] == [(t.dtype, float(t[0])) for t in tensors]
+
+
+def test_an_unknown_type_to_reduce_in_is_refused(strategy):
+    with pytest.raises(UserError, match="reduce_dtype: expected float32 or bfloat16, found 'int8'"):
+        make(strategy, reduce_dtype="int8")
+
+
+def test_a_stop_ends_an_evaluation_and_its_row_is_not_written(strategy):
+    """On another thread, in the middle: the result says that it is not complete."""
+    trainer = make(strategy)
+    data = tf.data.Dataset.from_tensors((np.ones((4, 3)), np.ones((4,)))).repeat()  # endless
+    threading.Timer(1.0, strategy.request_stop).start()
+    result = write_evaluation(trainer, lambda context: data, 0.0)
+    strategy.request_stop(False)
+    assert not result.complete and not [row for row in trainer.writers[0] if row["kind"] == "eval"]
+
+
+def test_communication_options():
+    options = multi_worker._options("ring", 4096, 2.5)
+    assert (options.bytes_per_pack, options.timeout_seconds, options.implementation.value) == (4096, 2.5, "RING")
+    assert multi_worker._options("auto", 0, 0.0).timeout_seconds is None

@@ -52,8 +52,12 @@ class Workdir:
         _held[self.path.resolve()] = file
 
     def set_aside(self) -> Path | None:
-        """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder."""
-        present = [p for p in self.path.iterdir() if p.name != ".lock" and not p.name.startswith("old-")]
+        """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder.
+
+        But for `logs/`: a launcher is writing there already.
+        """
+        stays = (".lock", "logs")
+        present = [p for p in self.path.iterdir() if p.name not in stays and not p.name.startswith("old-")]
         if not present:
             return None
         numbers = [int(p.name.removeprefix("old-")) for p in self.path.glob("old-*") if p.name[4:].isdigit()]
