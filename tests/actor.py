@@ -56,6 +56,8 @@ def main(*behaviours: str) -> None:
     if mine == "deaf":  # does not stop when told to
         time.sleep(600)
     if told.is_set():
+        time.sleep(0.3)
+        print("saved", flush=True)
         sys.exit(143)
     if mine == "environment":
         print("environment", json.dumps({name: os.environ.get(name) for name in ("TF_CONFIG", "CUDA_VISIBLE_DEVICES")}))

@@ -305,19 +305,20 @@ def test_judgement(everyone, code, text):
 # ---- stopping ----
 
 
-@pytest.mark.parametrize("whom", ["launcher", "one supervisor", "one program", _slow("all programs")])
+@pytest.mark.parametrize("whom", ["launcher", "one supervisor", "one program", "everyone"])
 def test_sigterm_stops_everyone(tmp_path, whom):
     process = launch(tmp_path, "--workers=2")
     programs = pids(tmp_path, "worker-0", "worker-1")
     members = group_of(process)
     supervisor = int(Path(f"/proc/{programs[1]}/stat").read_text().rpartition(")")[2].split()[1])
     for pid in {"launcher": [process.pid], "one supervisor": [supervisor], "one program": programs[1:],
-                "all programs": programs}[whom]:  # fmt: skip
+                "everyone": [process.pid, *members]}[whom]:  # fmt: skip
         os.kill(pid, signal.SIGTERM)
     done = finish(process, 10)
     assert done.returncode == 143, done.stderr
     assert_all_gone(members, 1.0)
     assert "Traceback" not in done.stderr
+    assert all("saved" in log(tmp_path, f"worker-{i}") for i in range(2)), "nobody is cut short"
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):

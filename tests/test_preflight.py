@@ -89,6 +89,31 @@ def test_a_missing_leader_is_named(addresses):
     assert all(isinstance(r, PeerLost) and "worker 0" in str(r) for r in results) and seconds < TIMEOUT_S + 2
 
 
+def test_nobody_starts_before_everyone_has_met_everyone(addresses):
+    """Worker 1 cannot reach worker 2, as behind a firewall; the leader itself has met both."""
+    clusters = tasks(*addresses[:3])
+
+    class Walled(Meeting):
+        async def _reach(self, task: Task) -> None:
+            if task == Task("worker", 2):
+                self.reasons[task] = "no route to host"
+            else:
+                await super()._reach(task)
+
+    async def walled():
+        meeting = Walled(clusters[1], "t", {})
+        try:
+            return await meeting.run(TIMEOUT_S)
+        except Exception as error:
+            return error
+        finally:
+            await meeting.close()
+
+    results, _ = together(one(clusters[0]), walled(), one(clusters[2]))
+    assert all(isinstance(r, PeerLost) for r in results), results
+    assert "worker 2" in str(results[1]) and "no route to host" in str(results[1])
+
+
 def test_a_late_peer_is_waited_for(addresses):
     clusters = tasks(*addresses[:2])
     results, seconds = together(one(clusters[0], timeout_s=5), one(clusters[1], delay_s=0.6))
