@@ -27,7 +27,7 @@ def main(*behaviours: str) -> None:
     step = 0
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
-    if mine != "silent_program":
+    if mine not in ("silent_program", "slow_program"):
         link = supervisor()
         link.watch(lambda: (step, step))
         link.phase("train", 0)
@@ -45,6 +45,8 @@ def main(*behaviours: str) -> None:
             if mine == "exit1_once" and not os.path.exists(os.environ["ACTOR_FILE"]):
                 open(os.environ["ACTOR_FILE"], "w").close()
                 sys.exit(1)
+            if mine == "lost":
+                sys.exit(140)
             if mine == "exit1":
                 sys.exit("always the same")
             if mine == "kill":
@@ -56,9 +58,9 @@ def main(*behaviours: str) -> None:
     if mine == "deaf":  # does not stop when told to
         time.sleep(600)
     if told.is_set():
-        time.sleep(0.3)
+        time.sleep(7 if mine == "slow_program" else 0.3)
         print("saved", flush=True)
-        sys.exit(143)
+        sys.exit(4 if mine == "save_fails" else 143)
     if mine == "environment":
         print("environment", json.dumps({name: os.environ.get(name) for name in ("TF_CONFIG", "CUDA_VISIBLE_DEVICES")}))
 

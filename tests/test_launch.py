@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from processes import finish, measured, start
 
-from tfdist.cli.processes import main as processes_command
 from tfdist.cluster.spec import Task, from_tf_config
 from tfdist.launch import launcher, restarts
 from tfdist.launch.launcher import Group
@@ -265,7 +264,7 @@ def test_a_group_that_stands_still_is_found(tmp_path):
 
 
 def seen(index: int, now_s: float = 100.0, **values) -> Seen:
-    defaults = dict(heard_s=now_s, moved_s=now_s, beat_s=now_s, phase="train", step=7)
+    defaults = dict(heard_s=now_s, moved_s=now_s, beat_s=now_s, phase="train", step=7, must_beat=True)
     return Seen(Task("worker", index), **(defaults | values))
 
 
@@ -283,8 +282,16 @@ LIMITS = Limits(start_timeout_s=60, step_timeout_s=5, heartbeat_timeout_s=3)
          "worker 1 (phase train, step 7, batch 6 not fetched) is behind for 10.0 s while the others wait"),
         ([seen(0, moved_s=90), seen(1, moved_s=90)], 142, "nobody went forward for 10.0 s"),
         ([seen(0, moved_s=90, phase="wait")], None, ""),  # an evaluator waits for a checkpoint
-        ([seen(0, moved_s=90, beat_s=None)], None, ""),  # a program without tfdist
-        ([seen(0, moved_s=90), seen(1, moved_s=90, beat_s=None)], 142, "worker 0"),
+        ([seen(0, moved_s=90, beat_s=None, must_beat=False)], None, ""),  # a program without tfdist
+        ([seen(0, moved_s=90), seen(1, moved_s=90, beat_s=None, must_beat=False)], 142, "worker 0"),
+        ([seen(0, moved_s=30, beat_s=None, phase="start")], 142, "worker 0"),  # a start that hangs
+        ([seen(0, exit_code=140, exited_s=99.9), seen(1, exit_code=140, exited_s=99.9)], 140, "every process lost a peer"),
+        ([seen(0, exit_code=140, exited_s=99.9), seen(1, exit_code=0)], 140, "every process lost a peer"),
+        ([seen(0, exit_code=140, exited_s=99.9), seen(1, exit_code=143)], 143, "stopped"),
+        ([seen(0, beat_s=90, phase="connect"), seen(1, phase="import")], None, ""),  # TensorFlow waits, nobody can beat
+        ([seen(0, beat_s=30, phase="connect"), seen(1, phase="import")], 142, "worker 0 is frozen"),
+        ([seen(0, moved_s=0, phase="finish", must_beat=False)], None, ""),  # its own business
+        ([seen(0, moved_s=0, phase="finish")], 142, "stuck"),
         ([seen(0), seen(1, beat_s=96)], 142, "worker 1 is frozen: no heartbeat for 4.0 s (phase train, step 7)"),
         ([seen(0), seen(1, heard_s=96)], 140, "worker 1 is silent for 4.0 s"),
         ([seen(0), seen(1, beat_s=None, suspended=True, moved_s=96)], 142, "worker 1 is frozen"),
@@ -319,6 +326,23 @@ def test_sigterm_stops_everyone(tmp_path, whom):
     assert_all_gone(members, 1.0)
     assert "Traceback" not in done.stderr
     assert all("saved" in log(tmp_path, f"worker-{i}") for i in range(2)), "nobody is cut short"
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [("save_fails", 4), ("slow_program", 143)])
+def test_the_code_of_a_stop_is_the_programs_own(tmp_path, behaviour, code):
+    """A save that fails is not "stopped and saved"; a program without heartbeats has the time that it needs."""
+    process = launch(tmp_path, "--workers=2", actors=(f"worker1:{behaviour}",))
+    pids(tmp_path, "worker-0", "worker-1")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process, 20)
+    assert done.returncode == code, done.stderr
+    assert behaviour != "slow_program" or "saved" in log(tmp_path, "worker-1")
+
+
+def test_a_lost_peer_is_never_a_success(tmp_path):
+    done = finish(launch(tmp_path, "--workers=2", actors=("worker0:lost", "worker1:lost")), 20)
+    assert done.returncode == 140
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
@@ -370,7 +394,7 @@ def test_two_groups_at_once(tmp_path):
 
 
 def test_members():
-    group = Group([], [], num_workers=3, num_ps=2, evaluator=True)
+    group = Group([], num_workers=3, num_ps=2, evaluator=True)
     clusters = launcher.clusters(group, [f"h:{i}" for i in range(1, 7)])
     assert [str(c.task) for c in clusters] == [
         "chief 0", "worker 0", "worker 1", "worker 2", "ps 0", "ps 1", "evaluator 0",
@@ -378,7 +402,7 @@ def test_members():
     for cluster in clusters:
         again, _ = from_tf_config(cluster.to_tf_config())
         assert again == cluster and cluster.leader == Task("chief", 0)
-    without = launcher.clusters(Group([], [], num_workers=2), ["h:1", "h:2"])
+    without = launcher.clusters(Group([], num_workers=2), ["h:1", "h:2"])
     assert [str(c.task) for c in without] == ["worker 0", "worker 1"] and without[0].is_chief
 
 
@@ -395,7 +419,7 @@ def test_members():
     ],
 )
 def test_gpus_are_divided(visible, workers, per_worker, expected):
-    group = Group([], [], num_workers=workers, devices_per_worker=per_worker)
+    group = Group([], num_workers=workers, devices_per_worker=per_worker)
     found = launcher.gpus_of_workers(group, {"CUDA_VISIBLE_DEVICES": visible})
     assert [found.get(Task("worker", i)) for i in range(workers)] == expected
 
@@ -420,13 +444,3 @@ def test_a_program_that_does_not_exist(tmp_path):
     command = ["-m", "tfdist.cli", "launch", "--workers=1", f"--log_dir={tmp_path}", "--", "no-such-program"]
     done = finish(start(command), 10)
     assert done.returncode == 2 and "cannot start no-such-program" in done.stderr
-
-
-def test_what_starts_again_does_not_begin_anew(monkeypatch, tmp_path):
-    groups = []
-    monkeypatch.setattr(launcher, "run", lambda group: groups.append(group) or 0)
-    monkeypatch.delenv("TF_CONFIG", raising=False)
-    with pytest.raises(SystemExit):
-        processes_command("launch", ["--workers=2", f"--log-dir={tmp_path}", "--", "train", "--config=x.py", "--fresh"])
-    assert "--fresh" in groups[0].command and "--fresh" not in groups[0].restart_command
-    assert [a for a in groups[0].command if a != "--fresh"] == list(groups[0].restart_command)

@@ -238,7 +238,8 @@ def from_json(text: str) -> Config:
 def cluster_facts(config: Config) -> dict[str, Any]:
     """What every task of a cluster must be started with alike; paths may differ between machines."""
     own = ("data.cache_dir", "data.source", "train.init_from")
-    return {f"config.{name}": value for name, value in flatten(config).items() if name not in own}
+    facts = {f"config.{name}": value for name, value in flatten(config).items() if name not in own}
+    return facts | {"config.train.init_from is given": bool(config.train.init_from)}
 
 
 def _match_fields(config: Config) -> dict[str, Any]:

@@ -2,11 +2,19 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 from typing import IO
 
 from tfdist.errors import UserError, WorkdirInUse
+
+_LAUNCH = ".launch"  # which launch began this run anew
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
 
 # A process holds a workdir as long as it lives, whatever becomes of the objects that asked for it.
 _held: dict[Path, IO[str]] = {}
@@ -51,12 +59,21 @@ class Workdir:
         file.flush()
         _held[self.path.resolve()] = file
 
+    def is_of_launch(self, token: str) -> bool:
+        """Whether `belongs_to_launch` was called with this token; never for an empty one."""
+        path = self.path / _LAUNCH
+        return bool(token) and path.exists() and path.read_text() == _digest(token)
+
+    def belongs_to_launch(self, token: str) -> None:
+        if token:
+            write_atomically(self.path / _LAUNCH, _digest(token))
+
     def set_aside(self) -> Path | None:
         """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder.
 
         But for `logs/`: a launcher is writing there already.
         """
-        stays = (".lock", "logs")
+        stays = (".lock", _LAUNCH, "logs")
         present = [p for p in self.path.iterdir() if p.name not in stays and not p.name.startswith("old-")]
         if not present:
             return None

@@ -14,7 +14,7 @@ from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cli import job
 from tfdist.cli.processes import workdir_of
 from tfdist.cluster.link import supervisor
-from tfdist.cluster.resolve import resolve
+from tfdist.cluster.resolve import launch_token, resolve
 from tfdist.errors import CheckpointError, UserError
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
@@ -33,7 +33,7 @@ def train(flags) -> None:
     config, cluster = flags.config, resolve()
     path = flags.workdir or workdir_of([f"--config={flags['config'].config_filename}"])
     if cluster.task.type == "evaluator":
-        evaluate_checkpoints(config, Workdir(path))
+        evaluate_checkpoints(config, Workdir(path), flags.fresh)
         return
     strategy = select.make(config.strategy, cluster, config.cluster)
     dataset = job.open_data(config)
@@ -62,6 +62,7 @@ def train(flags) -> None:
             actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
         ])  # fmt: skip
         actions.write_evaluation(trainer, eval_data, bytes_per_token)
+    trainer.phase("finish")
     if not strategy.is_chief:
         return
     text = _sample(config, trainer.model, workdir, trainer.step)
@@ -71,8 +72,9 @@ def train(flags) -> None:
     print(f"next: {program} generate --workdir={workdir.path} --prompt='def main('")
 
 
-def evaluate_checkpoints(config, workdir: Workdir) -> None:
-    """The evaluator of a cluster: the exact validation loss of each new checkpoint, up to that of the last step."""
+def evaluate_checkpoints(config, workdir: Workdir, fresh: bool) -> None:
+    """The evaluator of a cluster: the exact validation loss of the newest checkpoint, again and again, up to that of the
+    last step. Of a `fresh` run it waits for the beginning."""
     strategy = local_strategy(config)
     dataset = job.open_data(config)
     model = job.build_model(config, strategy)
@@ -80,12 +82,15 @@ def evaluate_checkpoints(config, workdir: Workdir) -> None:
     writers, done = [Terminal()], -1
     while done < config.train.num_steps:
         supervisor().phase("wait", max(done, 0))
-        if max(store.steps(workdir.checkpoints), default=-1) <= done:
+        if max(store.steps(workdir.checkpoints), default=-1) <= done or (fresh and not workdir.is_of_launch(launch_token())):
             time.sleep(_POLL_S)
             continue
-        supervisor().phase("evaluate")
+        supervisor().phase("evaluate" if done >= 0 else "compile")
         try:
             found = store.latest(workdir.checkpoints)
+            if found is None or found.step <= done:  # the newest one is damaged
+                time.sleep(_POLL_S)
+                continue
             done = job.load_checkpoint(model, found, dataset.data_hash)
         except (CheckpointError, OSError) as error:  # the chief may have deleted it meanwhile
             logging.warning("%s; looking again", error)

@@ -9,6 +9,7 @@ from absl import logging
 from tfdist.checkpoint import keys, store
 from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cluster.link import supervisor
+from tfdist.cluster.resolve import launch_token
 from tfdist.config import Config, config_hash, differing_fields, from_json, to_json
 from tfdist.data import shards
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
@@ -112,8 +113,10 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
     """Locks the workdir and refuses a config that does not fit the run in it."""
     workdir = Workdir(path)
     workdir.lock()
-    if fresh and (aside := workdir.set_aside()):
-        logging.info("the earlier run was moved to %s", aside)
+    if fresh and not workdir.is_of_launch(launch_token()):  # a restart of a fresh run goes on with it
+        if aside := workdir.set_aside():
+            logging.info("the earlier run was moved to %s", aside)
+        workdir.belongs_to_launch(launch_token())
     if store.steps(workdir.checkpoints) and workdir.config.exists():
         try:
             old = from_json(workdir.config.read_text())

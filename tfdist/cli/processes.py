@@ -106,16 +106,22 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
         fail("TF_CONFIG: expected none (launch makes a cluster on this machine), found one; unset it, or start the program "
              "itself in each task")  # fmt: skip
     is_train = program[0] == "train"
-    limits = [f"--{name}_timeout_s={given[f'{name}_timeout_s'].value}" for name in ("start", "step", "heartbeat")]
-    command = [*_PROGRAM, *program] if is_train else [*_PROGRAM, "supervise", *limits, "--", *program]
+    names = [f"{name}_timeout_s" for name in ("start", "step", "heartbeat")]
+    if is_train:  # its limits are in its config
+        command = [
+            *_PROGRAM,
+            *program,
+            *(f"--config.cluster.{name}={given[name].value}" for name in names if given[name].present),
+        ]
+    else:
+        command = [*_PROGRAM, "supervise", *(f"--{name}={given[name].value}" for name in names), "--", *program]
     log_dir = Path(given.log_dir or (workdir_of(program) / "logs" if is_train else "logs"))
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--log_dir: cannot write to {log_dir}: {error.strerror}")
-    again = [a for a in command if not (is_train and a.split("=")[0] in ("--fresh", "-fresh"))]
     return launcher.run(launcher.Group(
-        command, again, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
+        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
     ))  # fmt: skip
 
 

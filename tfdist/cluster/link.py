@@ -50,6 +50,8 @@ class SupervisorLink:
         if self.is_there and step is not None:
             self._step, self._steps_before = step, self._progress()[1]
         self._phase = name
+        if self.is_there and name == "connect":  # no thread may run for a while: say so at once
+            self._send_beat()
 
     def tick(self) -> None:
         """Something went forward that is no step: a long preparation is alive."""
@@ -68,18 +70,21 @@ class SupervisorLink:
     def _send_beats(self) -> None:
         while True:
             last = self._closed.is_set()
-            batches, steps = self._progress()
-            if self._phase in ("compile", "train"):
-                self._reached = self._step + steps - self._steps_before
-            elif self._phase != "exit":
-                self._reached = self._step
-            beat = {"phase": self._phase, "step": self._reached, "batches": batches, "steps": steps, "ticks": self._ticks}
-            # a supervisor that does not read for a while (it is frozen) must not freeze this thread too
-            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-                self._socket.send(json.dumps(beat).encode() + b"\n", socket.MSG_DONTWAIT)
+            self._send_beat()
             if last:
                 return
             self._closed.wait(BEAT_S)
+
+    def _send_beat(self) -> None:
+        batches, steps = self._progress()
+        if self._phase in ("compile", "train"):
+            self._reached = self._step + steps - self._steps_before
+        elif self._phase != "exit":
+            self._reached = self._step
+        beat = {"phase": self._phase, "step": self._reached, "batches": batches, "steps": steps, "ticks": self._ticks}
+        # a supervisor that does not read for a while (it is frozen) must not freeze this process too
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self._socket.send(json.dumps(beat).encode() + b"\n", socket.MSG_DONTWAIT)
 
     def _obey(self) -> None:
         while True:

@@ -6,6 +6,7 @@ what must be equal. When all have met all, the leader says "go" and the ports ar
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import importlib.metadata
 import ipaddress
@@ -20,7 +21,7 @@ from typing import Any
 from absl import logging
 
 from tfdist.cluster import ports
-from tfdist.cluster.spec import Cluster, Task, split_address
+from tfdist.cluster.spec import JOBS, Cluster, Task, split_address
 from tfdist.cluster.wire import MAX_LINE_BYTES, Connection, connect
 from tfdist.errors import STOPPED, Failure, PeerLost, UserError
 
@@ -29,6 +30,7 @@ _CONNECT_S = 3.0
 _RETRY_S = 0.2
 _PORT_RETRY_S = 3.0  # the process that had the port before may still be dying
 _OWN_ERROR_FIRST_S = 0.5
+_SUSPECT_S = 3.0  # a suspicion becomes an error unless everybody has met by then
 
 
 class Disagreement(UserError):
@@ -36,7 +38,7 @@ class Disagreement(UserError):
 
 
 class ToldToStop(Failure):
-    """A peer was told to stop before training began: so is everyone."""
+    """This task, or a peer, was told to stop before training began: so is everyone."""
 
     exit_code = STOPPED
 
@@ -89,6 +91,8 @@ class Meeting:
         self.told: Failure | None = None  # another task's error
         self.go = False
         self.warned: set[Task] = set()  # of a public address
+        # what looks like a mistake but may be a stranger, or a name that still leads to an old address: since when
+        self.suspected: dict[Task | None, tuple[float, Failure]] = {}
         self.changed = asyncio.Event()
         self.tasks: list[asyncio.Task] = []
         self.server: asyncio.Server | None = None
@@ -99,25 +103,21 @@ class Meeting:
         Raises the error that concerns this task: its own first, then what another task said.
         """
         deadline_s = time.monotonic() + timeout_s
-        try:
-            for task in self.cluster.tasks:
-                self.tasks.append(asyncio.ensure_future(self._reach(task)))
-            await self._listen(deadline_s)
-            while not self.go:
-                remaining_s = deadline_s - time.monotonic()
-                if remaining_s <= 0:
-                    self._fail(self._incomplete(timeout_s))
-                if self.own_error or self.told:
-                    await self._raise()
-                self._tell_leader()
-                if self.go:
-                    break
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self.changed.wait(), remaining_s)
-                self.changed.clear()
-        except asyncio.CancelledError:
-            self._tell_everyone(f"{self.me} was told to stop", "stop")
-            raise
+        for task in self.cluster.tasks:
+            self.tasks.append(asyncio.ensure_future(self._reach(task)))
+        self.tasks.append(asyncio.ensure_future(self._listen(deadline_s)))
+        while not self.go:
+            now_s = time.monotonic()
+            due = [error for since_s, error in self.suspected.values() if now_s - since_s > _SUSPECT_S]
+            if now_s >= deadline_s:
+                self._fail(next((error for _, error in self.suspected.values()), None) or self._incomplete(timeout_s))
+            elif due:
+                self._fail(due[0])
+            if self.own_error or self.told:
+                await self._raise()
+            self._tell_leader()
+            if not self.go:
+                await self._change(min(deadline_s - now_s, _SUSPECT_S if self.suspected else deadline_s))
         self._stop_listening()
         if self.cluster.is_chief:
             kept = {task: connection for task, (_, connection) in self.came.items() if task != self.me}
@@ -125,6 +125,20 @@ class Meeting:
             kept = {self.cluster.leader: self.reached[self.cluster.leader]}
         self._close_all_but(kept.values())
         return kept
+
+    def stop(self) -> None:
+        """From a signal handler of the event loop: `run` tells the others and raises `ToldToStop`."""
+        if self.own_error is None:
+            self.own_error = ToldToStop(f"{self.me} was told to stop")
+            self._tell_everyone(str(self.own_error), _kind(self.own_error))
+            self.changed.set()
+
+    async def _change(self, timeout_s: float) -> None:
+        """Until something has happened, or for so long. Not `wait_for`, which can swallow a cancellation."""
+        waiting = asyncio.ensure_future(self.changed.wait())
+        await asyncio.wait({waiting}, timeout=timeout_s)
+        waiting.cancel()
+        self.changed.clear()
 
     async def close(self) -> None:
         """Closes everything; what was said last is still sent."""
@@ -147,6 +161,9 @@ class Meeting:
                 listener = ports.listen(port)
                 break
             except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    self._fail(UserError(f"{self.me}: cannot listen on port {port}: {error.strerror}; give it another port"))
+                    return
                 if time.monotonic() >= give_up_s:
                     self._fail(UserError(f"{self.me}: port {port} is taken by {ports.holder(port)} ({error.strerror}); "
                                          "stop it, or give this task another port"))  # fmt: skip
@@ -166,7 +183,9 @@ class Meeting:
             peer = self._introduced(hello)
             if peer is None:  # nobody of this job
                 # one that seems to be of this job, with a mistake in its TF_CONFIG, must find the mistake as well
-                connection.send(self._hello() if self.own_error else {"refused": "another job"})
+                # (the token that it gets is no secret: it is the hash of the cluster)
+                named = self.token != self.cluster.identity()
+                connection.send({"refused": "another job"} if named or not self.suspected else self._hello())
                 await connection.close()
                 return
             connection.send(self._hello())
@@ -199,6 +218,8 @@ class Meeting:
                 self.reasons[task] = "no answer (timed out)"
             except OSError as error:
                 self.reasons[task] = (os.strerror(error.errno) if error.errno else str(error)).lower()
+            except Exception as error:  # whatever answers there, the next attempt comes
+                self.reasons[task] = f"{type(error).__name__}: {error}"[:80]
             else:
                 if self._answered(task, hello):
                     self.reached[task] = connection
@@ -222,8 +243,10 @@ class Meeting:
             self.reasons[task] = "what answers there is no tfdist task of this job"
             return False
         if found != task:
-            self._fail(Disagreement(f"{self.me}: expected {task} at {address}, found {found} ({self._who(hello)}); "
-                                    "every task needs the same cluster and its own task.index"))  # fmt: skip
+            self._suspect(task, Disagreement(
+                f"{self.me}: expected {task} at {address}, found {found} ({self._who(hello)}); every task needs the same "
+                "cluster and its own task.index"
+            ))  # fmt: skip
             return False
         if task == self.me and hello["nonce"] != self.nonce:
             host = split_address(address)[0]
@@ -232,6 +255,7 @@ class Meeting:
                 f"{host} is not an address of this machine"
             ))  # fmt: skip
             return False
+        self.suspected.pop(task, None)
         return True
 
     async def _read(self, task: Task, connection: Connection) -> None:
@@ -241,7 +265,7 @@ class Meeting:
                 connection.inbox.put_nowait(message)
                 continue
             if "error" in message and task != self.me:
-                self._hear(task, str(message["error"])[:2000], message.get("kind"))
+                self._hear(task, _printable(message["error"], 2000), message.get("kind"))
             if message.get("ready") is True:
                 self.ready.add(task)
             if message.get("go") is True and task == self.cluster.leader:
@@ -273,35 +297,36 @@ class Meeting:
     def _introduced(self, hello: dict[str, Any] | None) -> Task | None:
         """Who says hello; None for a stranger. One of us who differs in what must be equal is an error of ours too."""
         try:
-            token, (job, index), cluster, facts = hello["token"], hello["task"], hello["cluster"], dict(hello["facts"])
-            peer = Task(str(job)[:20], int(index))
+            token, (job, index), cluster, facts = str(hello["token"]), hello["task"], hello["cluster"], dict(hello["facts"])
+            peer = Task(str(job), int(index))
             hello["nonce"] = str(hello["nonce"])
             jobs = {str(job): [str(address) for address in addresses] for job, addresses in cluster.items()}
-        except (TypeError, ValueError, KeyError, AttributeError):
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             return None
-        if not hmac.compare_digest(str(token).encode(), self.token.encode()):
+        if not {peer.type, *jobs} <= set(JOBS):
+            return None
+        if not hmac.compare_digest(token.encode("utf-8", "replace"), self.token.encode("utf-8", "replace")):
             unnamed = self.token == self.cluster.identity() and token == _identity(jobs)
             if unnamed:  # no token was given on either side: most likely one job, with a mistake in a TF_CONFIG
-                self._cluster_differs(jobs, f"{peer} ({self._who(hello)})")
+                self._suspect(None, self._cluster_differs(jobs, f"{peer} ({self._who(hello)})"))
             return None
         if jobs != self._members(self.cluster.jobs()):
-            self._cluster_differs(jobs, str(peer))
+            self._fail(self._cluster_differs(jobs, str(peer)))
         for name in sorted(self.facts.keys() | facts.keys()):
             mine, theirs = self.facts.get(name, "missing"), facts.get(name, "missing")
             if mine != theirs:
                 values = f"{mine!r:.80} at {self.me}, {theirs!r:.80} at {peer}"
-                self._fail(Disagreement(f"{name} differs: {values}; start all tasks with the same"))
+                shown = name if name in self.facts else f"{name!r:.80}"
+                self._fail(Disagreement(f"{shown} differs: {values}; start all tasks with the same"))
                 break
         return peer
 
-    def _cluster_differs(self, theirs: dict[str, list[str]], whose: str) -> None:
+    def _cluster_differs(self, theirs: dict[str, list[str]], whose: str) -> Disagreement:
         difference = _difference(self._members(self.cluster.jobs()), theirs)
-        self._fail(
-            Disagreement(f"{self.me}: the cluster differs: {difference} at {whose}; give every task the same cluster")
-        )
+        return Disagreement(f"{self.me}: the cluster differs: {difference} at {whose}; give every task the same cluster")
 
     def _who(self, hello: dict[str, Any]) -> str:
-        return f"process {str(hello.get('pid'))[:10]} on {str(hello.get('host'))[:80]}"
+        return f"process {_printable(hello.get('pid'), 10)} on {_printable(hello.get('host'), 80)}"
 
     # ---- the end ----
 
@@ -317,6 +342,11 @@ class Meeting:
                 if task != self.me:
                     connection.send({"go": True})
             self.go = True
+
+    def _suspect(self, task: Task | None, error: Failure) -> None:
+        if task not in self.suspected:
+            self.suspected[task] = (time.monotonic(), error)
+            self.changed.set()
 
     def _fail(self, error: Failure) -> None:
         if self.own_error is None:
@@ -361,7 +391,8 @@ class Meeting:
         return PeerLost(f"{self.me}: not everyone came within {timeout_s:g} s; missing: {', '.join(missing[:8])}{more}")
 
     def _warn_if_public(self, task: Task, connection: Connection) -> None:
-        address = connection.writer.get_extra_info("peername")[0].partition("%")[0]
+        peer_name = connection.writer.get_extra_info("peername")  # None: it has closed already
+        address = peer_name[0].partition("%")[0] if peer_name else "::1"
         if ipaddress.ip_address(address).is_global and task not in self.warned:
             self.warned.add(task)
             logging.warning(
@@ -370,8 +401,15 @@ class Meeting:
             )  # fmt: skip
 
 
+def _printable(text: Any, length: int) -> str:
+    """What came over the network, for a line on a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:length])
+
+
 def _kind(error: Failure) -> str:
     """Both sides of a disagreement find it, with the same exit code; of another error the peers are only told."""
+    if isinstance(error, ToldToStop):
+        return "stop"
     return "disagreement" if isinstance(error, Disagreement) else "own"
 
 

@@ -34,6 +34,11 @@ def job_token(cluster: Cluster, environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("TFDIST_JOB_TOKEN") or cluster.identity()
 
 
+def launch_token(environ: Mapping[str, str] = os.environ) -> str:
+    """The same for all starts of one `tfdist launch`, restarts included; empty without one."""
+    return environ.get("TFDIST_JOB_TOKEN", "")
+
+
 def supervisor_fd(environ: Mapping[str, str] = os.environ) -> int | None:
     """The file descriptor of the socket to this process' supervisor; None when it has none.
 

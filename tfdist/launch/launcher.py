@@ -20,10 +20,11 @@ from tfdist.cluster import ports
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import DONE, PEER_LOST, STOPPED
 from tfdist.launch import restarts
-from tfdist.launch.supervisor import LAUNCHER_FD, MAX_RESTARTS
+from tfdist.launch.supervisor import LAUNCHER_FD, MAX_RESTARTS, handle_signals
 from tfdist.launch.watchdog import describe_exit
 
 _LAST_LINES = 50
+_LAST_EVALUATION_S = 600.0  # an evaluator may go on for so long after the end of training
 _END_GRACE_S = 4.0  # from the first supervisor's end to the last one's, then they are killed
 
 
@@ -32,7 +33,6 @@ class Group:
     """What to launch. `command` runs in every task, a supervisor over the training process."""
 
     command: Sequence[str]
-    restart_command: Sequence[str]  # what starts again after a failure must not begin anew
     num_workers: int
     num_ps: int = 0
     evaluator: bool = False
@@ -58,16 +58,14 @@ class Launcher:
         self.budget = restarts.Budget(group.max_restarts)
 
     async def run(self) -> int:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal)
+        handle_signals(asyncio.get_running_loop(), self._on_signal)
         self.group.log_dir.mkdir(parents=True, exist_ok=True)
         try:
             while True:
                 failure = await self._run_once()
                 if failure.exit_code in (DONE, STOPPED) or self.stopping:
                     return failure.exit_code
-                if failure.task is not None and failure.task.type == "evaluator":  # the training itself is done
+                if self._restarts_alone(failure):  # and has used up its restarts
                     failure.show(final=True)
                     return failure.exit_code
                 error = f"{failure.task} {failure.exit_code}"
@@ -78,13 +76,17 @@ class Launcher:
                         _say(f"no restart: {self.budget.why_not(failure.exit_code)}")
                     return failure.exit_code
                 _say(f"restart {self.budget.used} of {self.budget.max_restarts} of the whole group in {wait_s:g} s")
-                self.group = dataclasses.replace(self.group, command=self.group.restart_command)
                 await self._sleep(wait_s)
                 if self.stopping:
                     return STOPPED
         finally:
             for member in self.members:
                 member.kill()
+
+    def _restarts_alone(self, failure: "Failure") -> bool:
+        if failure.task is None or failure.exit_code == PEER_LOST:
+            return False
+        return restarts.POLICY[failure.task.type, bool(self.group.num_ps)] == restarts.ALONE
 
     async def _sleep(self, seconds: float) -> None:
         until_s = time.monotonic() + seconds
@@ -127,8 +129,13 @@ class Launcher:
 
     async def _end_evaluator(self, evaluator: "Member", group: list["Member"]) -> None:
         """It ends by itself after the last checkpoint; it is told to when the group did not get that far."""
-        if any(member.poll() != DONE for member in group):
-            evaluator.signal(signal.SIGTERM)
+        patience_s = _LAST_EVALUATION_S if all(member.poll() == DONE for member in group) else 0.0
+        for end_it in (lambda: evaluator.signal(signal.SIGTERM), evaluator.kill):
+            until_s = time.monotonic() + patience_s
+            while evaluator.poll() is None and time.monotonic() < until_s:
+                await asyncio.sleep(0.05)
+            end_it()
+            patience_s = _END_GRACE_S
         while evaluator.poll() is None:
             await asyncio.sleep(0.05)
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,13 @@ def run(job: Job) -> int:
     return asyncio.run(Supervisor(job).run())
 
 
+def handle_signals(loop: asyncio.AbstractEventLoop, on_signal: Callable[[], None]) -> None:
+    """SIGTERM, Ctrl-C and a closed terminal; one that was ignored from the start (nohup) stays ignored."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal)
+
+
 def from_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, int | None]:
     """What a launcher put into the environment of its supervisors, as fields of `Job`."""
     fd, restarts = environ.get(LAUNCHER_FD, ""), environ.get(MAX_RESTARTS, "0")
@@ -81,8 +88,7 @@ class Supervisor:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        main = asyncio.current_task()
-        meeting = None
+        meeting = Meeting(self.job.cluster, self.job.token, self.job.facts) if self.is_member else None
 
         def on_signal() -> None:
             now_s = time.monotonic()
@@ -92,18 +98,16 @@ class Supervisor:
                 self.kill_now = True
             if self.stopping:
                 return
-            if self.child is None:
+            if self.child is None and meeting is not None:
                 self.stopping = True
-                main.cancel()
+                meeting.stop()
             else:
                 self._stop(tell=True)
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, on_signal)
+        handle_signals(loop, on_signal)
         launcher = asyncio.ensure_future(self._watch_launcher())
         try:
-            if self.is_member:
-                meeting = Meeting(self.job.cluster, self.job.token, self.job.facts)
+            if meeting is not None:
                 self.peers = await meeting.run(self.job.limits.start_timeout_s)
             now_s = time.monotonic()
             for seen in self.seen.values():
@@ -120,12 +124,8 @@ class Supervisor:
             for reader in readers:
                 reader.cancel()
             return verdict.exit_code
-        except asyncio.CancelledError:
-            self._say("told to stop before training began")
-            self._report(Verdict(STOPPED, "stopped", self.me))
-            return STOPPED
         except ToldToStop as error:
-            self._say(f"{error}, so this task stops too")
+            self._say(f"{error} before training began")
             self._report(Verdict(STOPPED, "stopped", None))
             return STOPPED
         except Failure as error:
@@ -168,13 +168,15 @@ class Supervisor:
         child = self.child
         child.read()
         mine.hear(child.status(now_s) | {"must_beat": self.job.must_beat}, now_s)
-        nothing_to_save = mine.phase in _NOTHING_TO_SAVE or mine.exiting
+        nothing_to_save = self.job.must_beat and mine.phase in _NOTHING_TO_SAVE and not mine.exiting
+        cut_short = self.kill_now
         if self.stopping and nothing_to_save and now_s - child.stop_sent_s > _STOP_GRACE_S:
+            cut_short = True
             child.kill()
         code = child.poll()
         if code is None or mine.exit_code is not None:
             return
-        if self.stopping and (self.kill_now or nothing_to_save):
+        if cut_short:
             code = STOPPED  # it had nothing to save, or nobody wanted to wait
         role = (self.me.type, bool(self.job.cluster.ps))
         if code not in (DONE, STOPPED) and restarts.POLICY[role] == restarts.ALONE and not self.stopping:
@@ -182,6 +184,7 @@ class Supervisor:
             if wait_s is not None:
                 self._say(f"{self.me} {describe_exit(code)}; it starts again in {wait_s:g} s "
                           f"({self.budget.used} of {self.budget.max_restarts} restarts)")  # fmt: skip
+                child.kill()  # what it had started
                 self._start_child(wait_s)
                 mine.moved_s = now_s + wait_s
                 return

@@ -21,6 +21,8 @@ class Limits:
         """How long this task may stand still."""
         if seen.phase == "wait":  # an evaluator without a new checkpoint
             return float("inf")
+        if not seen.must_beat and seen.phase in ("start", "import", "build", "finish"):
+            return float("inf")  # a program of the user's: what it does before and after training is its own business
         return self.step_timeout_s if seen.phase in ("train", "evaluate") and not seen.exiting else self.start_timeout_s
 
 
@@ -88,14 +90,16 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
         return None
     running = [seen for seen in everyone if seen.exit_code is None and not seen.exiting]
     late = [seen for seen in running if seen.suspended or (seen.beat_s is not None and now_s - seen.beat_s > _LATE_S)]
+    late = [seen for seen in late if seen.phase != "connect"]
     if failed and late:  # the others noticed before its heartbeat ran out
         return Verdict(WATCHDOG, f"{late[0].task} is frozen ({late[0].at()})", late[0].task, late[0].step, stacks=True)
     if failed and now_s - min(seen.exited_s for seen in failed) >= 2 * own_reason_first_s:
         first = min(failed, key=lambda seen: seen.exited_s)
         return Verdict(PEER_LOST, f"{first.task} lost a peer ({first.at()})", first.task, first.step)
     if all(seen.exit_code is not None for seen in everyone):
-        stopped = any(seen.exit_code == STOPPED for seen in everyone)
-        return Verdict(STOPPED if stopped else DONE, "stopped" if stopped else "done", None, step)
+        if any(seen.exit_code == STOPPED for seen in everyone):
+            return Verdict(STOPPED, "stopped", None, step)
+        return Verdict(PEER_LOST, "every process lost a peer", None, step) if failed else Verdict(DONE, "done", None, step)
     return _silent(everyone, limits, now_s, step) or _stuck(everyone, limits, now_s, step)
 
 
@@ -107,7 +111,9 @@ def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ve
             silent = f"{seen.task} is silent for {now_s - seen.heard_s:.1f} s ({seen.at()})"
             message = f"{silent}: its supervisor is frozen or the network is cut"
             return Verdict(PEER_LOST, message, seen.task, step, stacks=True)
-        if seen.beat_s is not None and now_s - seen.beat_s > limits.heartbeat_timeout_s:
+        # TensorFlow holds Python's lock until all members have come: no thread of that process can beat meanwhile
+        beat_limit_s = limits.start_timeout_s if seen.phase == "connect" else limits.heartbeat_timeout_s
+        if seen.beat_s is not None and now_s - seen.beat_s > beat_limit_s:
             message = f"{seen.task} is frozen: no heartbeat for {now_s - seen.beat_s:.1f} s ({seen.at()})"
             return Verdict(WATCHDOG, message, seen.task, step, stacks=True)
         if seen.beat_s is None and seen.suspended and now_s - seen.moved_s > limits.heartbeat_timeout_s:

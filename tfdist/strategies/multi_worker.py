@@ -30,6 +30,7 @@ def connect(
         num_gpus, num_cpus = devices.worker_devices(num_devices or resolve.devices_per_worker())
         if len(cluster.collective) > 1:
             patches.coordination_timeouts(members, start_timeout_s, heartbeat_s=_NEVER_S if supervisor().is_there else 0.0)
+        supervisor().phase("connect")
         with patches.worker_on_logical_cpus(num_cpus):
             strategy = tf.distribute.MultiWorkerMirroredStrategy(
                 _resolver(cluster, members, num_gpus), _options(communication, bytes_per_pack, timeout_s)
@@ -41,6 +42,7 @@ def connect(
             "expected tfdist.MultiWorkerMirrored before any other TensorFlow work, found that TensorFlow has already "
             "started (a tensor, a variable or another strategy was made); make the strategy first"
         ) from error
+    supervisor().phase("build")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # TensorFlow has put a C handler there that swallows the signal
     return strategy

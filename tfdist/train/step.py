@@ -39,7 +39,10 @@ def make_train_step(strategy: Strategy, state: TrainState, loss_fn: LossFn, opti
         @on_components
         def local_sums(batch: Batch):
             before = [tf.identity(variable.value) for variable in state.written_by_forward]
-            return *accumulate(state, loss_fn, batch, options.seed, strategy.first_replica + replica), before
+            gradients, stats = accumulate(state, loss_fn, batch, options.seed, strategy.first_replica + replica)
+            if strategy.num_workers > 1:  # a worker without rows computes on zeros, where a gradient may be 0 x infinity
+                gradients = [None if g is None else tf.where(stats[1] > 0, g, tf.zeros_like(g)) for g in gradients]
+            return gradients, stats, before
 
         @on_components
         def update(gradients, stats, before):

@@ -143,8 +143,8 @@ class Trainer:
                         raise
                     logging.error("%s", error or "interrupted while saving; the last good checkpoint is kept")
                     raise Stopped(CheckpointError.exit_code) from error
-            self.strategy.barrier()  # nobody leaves before the chief has saved
-            if stop.requested:
+            # nobody leaves before the chief has saved, and a request that came to one after the last step is everybody's
+            if b"stop" in self.strategy.exchange(b"stop" if stop.requested else b""):
                 self.write({"kind": "event", "name": "stop", "step": self.step})
                 raise Stopped
         self.phase("finish")
