@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfdist
+from tfdist.cluster.resolve import resolve
 
 
 class Stuck:
@@ -33,6 +34,8 @@ class Stuck:
 def main(workdir: str, behaviour: str = "") -> None:
     if behaviour == "too_late":
         tf.constant(1) + 1
+    if behaviour == "late" and resolve().task.index == 1:
+        time.sleep(6)
     strategy = tfdist.MultiWorkerMirrored()
     mine = behaviour if strategy.worker == 1 else ""
     keras.utils.set_random_seed(0)
@@ -64,7 +67,7 @@ def main(workdir: str, behaviour: str = "") -> None:
         actions.append(Stuck(15))
     if mine == "raise":
         raise RuntimeError("worker 1 does not like this")
-    trainer.train(dataset_fn, num_steps=10**6 if behaviour else 60, actions=actions)
+    trainer.train(dataset_fn, num_steps=60 if behaviour in ("", "late") else 10**6, actions=actions)
     print("exact", strategy.broadcast(b"x" * (strategy.worker == 0) * 5_000_001) == b"x" * 5_000_001)
 
 

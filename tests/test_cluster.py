@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tfdist.cluster import kubernetes, slurm
 from tfdist.cluster.resolve import resolve
-from tfdist.cluster.spec import Cluster, Task, TFConfigError, from_tf_config, split_address
+from tfdist.cluster.spec import Cluster, Task, TFConfigError, split_address
+from tfdist.cluster.tf_config import from_tf_config
 from tfdist.errors import UserError
 
 A, B = "localhost:2222", "localhost:2223"
@@ -88,6 +89,17 @@ BAD = {
     "41b shell without space": (worker("localhost:$(id)"), "port is not a number"),
     "41c shell in host": (worker("`id`:2222"), "not a host name"),
     "42 bracket not closed": (worker("[::1:2222"), "write IPv6 as [::1]:2222"),
+    "42b scope": (worker("[fe80::1%eth0]:22"), "not an IPv6 address"),
+    "42c NUL": (worker("[::1\x00]:22"), "not an IPv6 address"),
+    "42d any": (worker("0.0.0.0:22"), "not the address of one machine"),
+    "42e any IPv6": (worker("[::]:22"), "not the address of one machine"),
+    "42f multicast": (worker("224.0.0.1:22"), "not the address of one machine"),
+    "42g no IPv4": (worker("256.1.1.1:22"), "not an IPv4 address"),
+    "42h short IPv4": (worker("1.2.3:22"), "not an IPv4 address"),
+    "42i empty label": (worker("a..b:22"), "not a host name"),
+    "42j long label": (worker("a" * 64 + ":22"), "not a host name"),
+    "42k same with a dot": (config({"worker": ["host.:1", "host:1"]}), "repeats worker[0]"),
+    "42l many": (config({"worker": [f"h{i}:1" for i in range(5000)]}), "at most 4096 tasks"),
     "43 bare IPv6": (worker("::1:2222"), "write IPv6 as [::1]:2222"),
     "43b no IPv6": (worker("[zz]:2222"), "not an IPv6 address"),
     "45 unknown field": (config(clutser={}), "clutser: unknown field"),
@@ -234,7 +246,19 @@ def test_any_address(host, port):
 
 
 @pytest.mark.parametrize(
-    "text", ['"\\"' * 300_000, "[" * (1 << 20), "[]" * (1 << 19), "{" + '"a":' * 200_000, '{"' * 400_000]
+    "text",
+    [
+        config({"worker": [f"[::{i:x}]:1" for i in range(4096)]}) + "x",
+        config({"ps": [f"h{i}:1" for i in range(4096)]}),
+        config(job=[{} for _ in range(300_000)]),
+        config(task=[1.5] * 200_000),
+        config(job=["" for _ in range(200_000)]),
+        '"\\"' * 300_000,
+        "[" * (1 << 20),
+        "[]" * (1 << 19),
+        "{" + '"a":' * 200_000,
+        '{"' * 400_000,
+    ],
 )
 def test_hostile_ones_are_refused_quickly(text):
     with pytest.raises(TFConfigError):
@@ -325,8 +349,20 @@ def test_a_kubernetes_indexed_job():
 
 
 @pytest.mark.parametrize(
-    "change", [{"JOB_COMPLETION_INDEX": "2"}, {"TFDIST_NUM_WORKERS": "x"}, {"HOSTNAME": "elsewhere"}, {"HOSTNAME": "-1"}]
+    "change",
+    [
+        {"JOB_COMPLETION_INDEX": ""},
+        {"JOB_COMPLETION_INDEX": "2"},
+        {"TFDIST_NUM_WORKERS": "x"},
+        {"HOSTNAME": "elsewhere"},
+        {"HOSTNAME": "-1"},
+    ],
 )
 def test_a_pod_that_does_not_add_up(change):
     with pytest.raises(UserError):
         resolve(POD | change)
+
+
+def test_a_job_that_is_not_indexed_does_not_train_alone():
+    with pytest.raises(UserError, match="completionMode: Indexed"):
+        resolve({"TFDIST_NUM_WORKERS": "2", "HOSTNAME": "lm-x7f"})

@@ -27,8 +27,7 @@ def train(text_files):
     return [
         "--", "train", f"--config={HERE / 'tiny.py'}", f"--config.data.source=files:{text_files}/*.txt",
         f"--config.train.num_steps={NUM_STEPS}", "--config.checkpoint.every_steps=7", "--config.eval.every_steps=0",
-        "--config.train.steps_per_loop=2", "--config.cluster.heartbeat_timeout_s=3", "--config.cluster.step_timeout_s=10",
-        "--config.cluster.start_timeout_s=60",
+        "--config.train.steps_per_loop=2", "--config.cluster.step_timeout_s=30", "--config.cluster.start_timeout_s=60",
     ]  # fmt: skip
 
 
@@ -153,7 +152,8 @@ def test_sigterm_saves_the_same_step_everywhere_and_nothing_is_lost(undisturbed,
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_frozen_training_process_is_found(train, tmp_path, victim):
-    process = launch(*train, f"--workdir={tmp_path}", "--config.train.num_steps=1000000")
+    more = ["--config.train.num_steps=1000000", "--config.cluster.heartbeat_timeout_s=3"]
+    process = launch(*train, f"--workdir={tmp_path}", *more)
     wait_for_step(tmp_path, 5, process)
     members = group_of(process)
     os.kill(trainers(process)[victim], signal.SIGSTOP)
@@ -295,3 +295,37 @@ def test_an_evaluator_evaluates_the_checkpoints(train, tmp_path):
     final = [row for row in rows if row["kind"] == "eval" and row["step"] == 30]
     assert len(final) == 2 and "[evaluator 0] eval  step 30" in done.stderr  # the chief's last one, and the evaluator's
     assert abs(final[0]["loss"] - final[1]["loss"]) <= 1e-6 * final[0]["loss"] and final[0]["tokens"] == final[1]["tokens"]
+
+
+@pytest.mark.slow
+def test_one_that_comes_late_to_tensorflow_is_not_frozen(tmp_path):
+    """The first one waits inside TensorFlow, which lets no thread run, longer than the heartbeat timeout."""
+    flags = ["--heartbeat-timeout-s=3", f"--log-dir={tmp_path}/logs"]
+    done = finish(launch(*flags, "--", "python", REGRESSION, str(tmp_path), "late"), 90)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_gradients_reduced_in_bfloat16_train_nearly_the_same(undisturbed, train, tmp_path):
+    done = finish(launch(*train, f"--workdir={tmp_path}", "--config.strategy.reduce_dtype=bfloat16"), 120)
+    assert done.returncode == 0, done.stderr
+    exact, rounded = losses(undisturbed[0]), losses(tmp_path)
+    assert exact != rounded
+    for step, loss in exact.items():
+        assert abs(float.fromhex(loss) - float.fromhex(rounded[step])) < 0.02 * float.fromhex(loss), step
+
+
+@pytest.mark.slow
+def test_a_fresh_run_that_is_killed_goes_on_with_itself(undisturbed, train, tmp_path):
+    """`--fresh` sets the earlier run aside once, not again at each restart."""
+    first = finish(launch(*train, f"--workdir={tmp_path}", "--config.train.num_steps=10"), 120)
+    assert first.returncode == 0, first.stderr
+    process = launch("--max-restarts=1", *train, f"--workdir={tmp_path}", "--fresh", "--config.train.steps_per_loop=1")
+    wait_until(lambda: (tmp_path / "old-1").exists(), 60)
+    wait_for_step(tmp_path, 20, process)
+    os.kill(trainers(process)[1], signal.SIGKILL)
+    done = finish(process, 120)
+    assert done.returncode == 0, done.stderr
+    assert "restart 1 of 1" in done.stderr and "restore at step" in done.stderr
+    assert losses(tmp_path) == losses(undisturbed[0])
+    assert not (tmp_path / "old-2").exists() and len(losses(tmp_path / "old-1")) == 10

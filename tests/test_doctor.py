@@ -33,7 +33,7 @@ def test_a_cluster_that_cannot_be_is_a_problem_and_code_7(tmp_path):
 @pytest.mark.slow
 def test_a_missing_peer_is_a_problem(tmp_path):
     missing = {"cluster": {"worker": ["localhost:29871", "localhost:1"]}, "task": {"type": "worker", "index": 0}}
-    command = ["-m", "tfdist.cli", "doctor", "--json", f"--workdir={tmp_path}"]
+    command = ["-m", "tfdist.cli", "doctor", "--json", "--start-timeout-s=3", f"--workdir={tmp_path}"]
     done = finish(start(command, {"TF_CONFIG": json.dumps(missing)}), 60)
     found = checks(done.stdout)["cluster", "reachability"]
     assert done.returncode == 7 and found["status"] == "problem" and "worker 1 (localhost:1" in found["hint"]

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from processes import finish, measured, start
 
-from tfdist.cluster.spec import Task, from_tf_config
+from tfdist.cli.processes import main as processes_command
+from tfdist.cluster.spec import Task
+from tfdist.cluster.tf_config import from_tf_config
 from tfdist.launch import launcher, restarts
 from tfdist.launch.launcher import Group
 from tfdist.launch.watchdog import Limits, Seen, judge
@@ -444,3 +446,19 @@ def test_a_program_that_does_not_exist(tmp_path):
     command = ["-m", "tfdist.cli", "launch", "--workers=1", f"--log_dir={tmp_path}", "--", "no-such-program"]
     done = finish(start(command), 10)
     assert done.returncode == 2 and "cannot start no-such-program" in done.stderr
+
+
+def test_a_program_that_is_alone_can_be_supervised():
+    done = finish(start(["-m", "tfdist.cli", "supervise", "--", sys.executable, "-c", "print('alone')"]), 10)
+    assert done.returncode == 0 and done.stdout == "alone\n" and done.stderr == ""
+
+
+def test_limits_reach_train(monkeypatch, tmp_path):
+    groups = []
+    monkeypatch.setattr(launcher, "run", lambda group: groups.append(group) or 0)
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    flags = ["--workers=2", "--heartbeat-timeout-s=3", f"--log-dir={tmp_path}"]
+    with pytest.raises(SystemExit):
+        processes_command("launch", [*flags, "--", "train", "--config=x.py", f"--workdir={tmp_path}"])
+    assert groups[0].command[-1] == "--config.cluster.heartbeat_timeout_s=3.0"
+    assert not [a for a in groups[0].command if "step_timeout_s" in a]

@@ -32,7 +32,6 @@ from tfdist.strategies.sync import MultiWorkerMirrored
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 # what is tested: lowest and highest (major, minor)
 SUPPORTED = {"python": ((3, 10), (3, 13)), "tensorflow": ((2, 19), (2, 21)), "keras": ((3, 10), (3, 15))}
-_MEET_S = 10.0
 _DISK_BYTES = 64 << 20
 _REDUCE_BYTES = 16 << 20
 _REDUCE_ROUNDS = 5
@@ -47,7 +46,7 @@ class Check:
     hint: str = ""
 
 
-def run(cluster: Cluster, workdir: str, as_json: bool, cluster_problem: str = "") -> int:
+def run(cluster: Cluster, workdir: str, as_json: bool, cluster_problem: str = "", start_timeout_s: float = 60.0) -> int:
     """Prints the table; on a cluster the chief prints all of it and the others their problems.
 
     `cluster_problem`: why the environment gives no cluster; `cluster` is then this process alone. Returns the exit code:
@@ -57,7 +56,7 @@ def run(cluster: Cluster, workdir: str, as_json: bool, cluster_problem: str = ""
     strategy = None
     for part in (versions(), machine(), disk(Path(workdir))):
         checks += part
-    members = [*cluster_facts(cluster)]
+    members = [*cluster_facts(cluster, start_timeout_s)]
     if cluster_problem:
         members = [Check("cluster", "environment", "cannot be used", PROBLEM, cluster_problem)]
     checks += members
@@ -73,7 +72,9 @@ def run(cluster: Cluster, workdir: str, as_json: bool, cluster_problem: str = ""
     if as_json:
         print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(check) for check in checks]}), flush=True)
     else:
-        show(checks if cluster.is_chief else [check for check in checks if check.status != OK])
+        shown = checks if cluster.is_chief else [check for check in checks if check.status != OK]
+        if shown:
+            show(shown)
     if strategy is not None:
         strategy.barrier()
     return CHECK_FAILED if failed else DONE
@@ -104,6 +105,9 @@ def versions() -> Iterator[Check]:
     found = {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__}
     for name, version in found.items():
         yield version_check(name, version)
+    tested = all(version_check(name, found[name]).status == OK for name in ("tensorflow", "keras"))
+    pair = f"TensorFlow {found['tensorflow']} with Keras {found['keras']}"
+    yield Check("versions", "pair", pair, *(() if tested else (WARNING, "tested: 2.19 with 3.10, up to 2.21 with 3.15")))
     yield Check("versions", "numpy", np.__version__)
     backend = keras.backend.backend()
     hint = "set KERAS_BACKEND=tensorflow, or unset it"
@@ -182,7 +186,7 @@ def disk(workdir: Path) -> Iterator[Check]:
 # ---- the cluster ----
 
 
-def cluster_facts(cluster: Cluster) -> Iterator[Check]:
+def cluster_facts(cluster: Cluster, start_timeout_s: float = 60.0) -> Iterator[Check]:
     if cluster.is_local:
         yield Check("cluster", "none", f"this process is alone ({cluster.source} set)")
         return
@@ -198,7 +202,7 @@ def cluster_facts(cluster: Cluster) -> Iterator[Check]:
         yield Check("cluster", "reachability", f"all {len(cluster.tasks)} tasks have met")
     else:
         try:
-            preflight.meet(cluster, resolve.job_token(cluster), _MEET_S)
+            preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
             yield Check("cluster", "reachability", f"all {len(cluster.tasks)} tasks have met")
         except Failure as error:
             yield Check("cluster", "reachability", "not everyone", PROBLEM, str(error))

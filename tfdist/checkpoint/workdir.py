@@ -45,6 +45,21 @@ class Workdir:
             file = open(self.path / ".lock", "a+")  # noqa: SIM115  kept open on purpose
         except OSError as error:
             raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
+        self._flock(file)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        _held[self.path.resolve()] = file
+
+    def check_free(self) -> None:
+        """Raises `WorkdirInUse` like `lock`, without taking it."""
+        try:
+            with open(self.path / ".lock", "r+") as file:
+                self._flock(file)
+        except OSError:  # not there, or not ours: `lock` will say
+            return
+
+    def _flock(self, file: IO[str]) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -54,10 +69,6 @@ class Workdir:
             raise WorkdirInUse(
                 f"workdir: {self.path} is in use by another run (process {holder}); stop it or use another --workdir"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        _held[self.path.resolve()] = file
 
     def is_of_launch(self, token: str) -> bool:
         """Whether `belongs_to_launch` was called with this token; never for an empty one."""

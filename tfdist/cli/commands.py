@@ -144,7 +144,8 @@ def generate(flags) -> None:
     """Text that goes on from a prompt."""
     model, _ = job.restored_model(flags.config, local_strategy(flags.config), Workdir(flags.workdir))
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    print(generate_text(model, flags.prompt, flags.num_tokens, sampling))
+    num_tokens = flags.num_tokens or min(200, flags.config.data.sequence_length - 1)
+    print(generate_text(model, flags.prompt, num_tokens, sampling))
 
 
 def export(flags) -> None:

@@ -72,7 +72,9 @@ def _define_flags(command: str, argv: list[str]) -> None:
         flags.DEFINE_enum("split", "validation", ["validation", "train"], "which split")
     if command == "generate":
         flags.DEFINE_string("prompt", "", "the text to go on from")
-        flags.DEFINE_integer("num_tokens", 200, "how many tokens to add", lower_bound=1)
+        flags.DEFINE_integer(
+            "num_tokens", None, "how many tokens to add; default: 200, or what the model can", lower_bound=1
+        )
         flags.DEFINE_float("temperature", 0.8, "0 is greedy", lower_bound=0.0)
         flags.DEFINE_integer("top_k", 0, "keep the k likeliest tokens; 0: all", lower_bound=0)
         flags.DEFINE_float("top_p", 1.0, "keep the smallest set of this probability", lower_bound=0.0, upper_bound=1.0)
@@ -148,6 +150,8 @@ def _run(command: str, arguments: list[str]) -> None:
         cluster = resolve()
         if command == "train":
             check_strategy(cluster, flags.FLAGS.config.strategy.kind)
+            if cluster.ps:
+                fail("TF_CONFIG: cluster.ps: tfdist train cannot use parameter servers yet; leave them out")
             if supervisor_fd() is None and (cluster.tasks or cluster.task.type == "evaluator"):
                 sys.exit(processes.supervise_training(cluster, flags.FLAGS.config, arguments))
         supervisor()  # from here on it beats

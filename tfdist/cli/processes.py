@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from tfdist import config, errors
+from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli.chatter import without_startup_chatter
 from tfdist.cli.usage import fail, near
 from tfdist.cluster.link import supervisor as supervisor_link
@@ -47,7 +48,8 @@ def main(command: str, arguments: list[str]) -> None:
     try:
         positional = given([f"tfdist {command}", *own])
     except flags.UnrecognizedFlagError as error:
-        fail(f"unknown flag --{error.flagname}{near(error.flagname, list(given))}")
+        hint = "; the program to start comes after --" if command != "doctor" and "--" not in arguments else ""
+        fail(f"unknown flag --{error.flagname}{near(error.flagname, list(given))}{hint}")
     except flags.Error as error:
         fail(" ".join(str(error).split()))
     if len(positional) > 1:
@@ -76,11 +78,14 @@ def _define(command: str) -> flags.FlagValues:
     if command in ("launch", "supervise"):
         waiting = config.ClusterConfig()
         for name, what in (("start", "to come to the start"), ("step", "without a step"), ("heartbeat", "without a sign")):
-            flags.DEFINE_float(f"{name}_timeout_s", getattr(waiting, f"{name}_timeout_s"), f"seconds {what}; of train: "
-                               f"--config.cluster.{name}_timeout_s", lower_bound=1.0, flag_values=given)  # fmt: skip
+            flags.DEFINE_float(f"{name}_timeout_s", getattr(waiting, f"{name}_timeout_s"), f"seconds {what}; overrides "
+                               "that of the config of train", lower_bound=1.0, flag_values=given)  # fmt: skip
     if command == "doctor":
         flags.DEFINE_bool("json", False, "one JSON object instead of a table", flag_values=given)
         flags.DEFINE_string("workdir", ".", "the folder whose disk is measured", flag_values=given)
+        flags.DEFINE_float(
+            "start_timeout_s", 60.0, "seconds to wait for the other tasks", lower_bound=1.0, flag_values=given
+        )
     return given
 
 
@@ -115,6 +120,10 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
         ]
     else:
         command = [*_PROGRAM, "supervise", *(f"--{name}={given[name].value}" for name in names), "--", *program]
+    if is_train and given.ps:
+        fail("--ps: tfdist train cannot use parameter servers yet; leave it out, or start a program of your own")
+    if is_train:
+        Workdir(workdir_of(program)).check_free()
     log_dir = Path(given.log_dir or (workdir_of(program) / "logs" if is_train else "logs"))
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -142,6 +151,8 @@ def workdir_of(arguments: list[str]) -> Path:
 def supervise_training(cluster: Cluster, settings: config.Config, arguments: list[str]) -> int:
     """Runs `tfdist train` with the same arguments as a supervised child. Returns its exit code."""
     limits = Limits(**{name: getattr(settings.cluster, name) for name in Limits.__dataclass_fields__})
+    if cluster.is_chief:
+        Workdir(workdir_of(arguments)).check_free()
     facts = versions() | config.cluster_facts(settings)
     return _run(cluster, [*_PROGRAM, "train", *arguments], facts, limits, must_beat=True)
 
@@ -173,4 +184,4 @@ def _doctor(given: flags.FlagValues, program: list[str]) -> int:
         cluster, problem = resolve(), ""
     except errors.Failure as error:
         cluster, problem = Cluster(), str(error)
-    return doctor.run(cluster, given.workdir, given.json, problem)
+    return doctor.run(cluster, given.workdir, given.json, problem, given.start_timeout_s)

@@ -14,8 +14,13 @@ def cluster(environ: Mapping[str, str], port: int) -> Cluster | None:
     TFDIST_SERVICE (docs/clusters.md has one).
     https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode
     """
-    if "JOB_COMPLETION_INDEX" not in environ or "TFDIST_NUM_WORKERS" not in environ:
+    if "TFDIST_NUM_WORKERS" not in environ:
         return None
+    if "JOB_COMPLETION_INDEX" not in environ:
+        raise UserError(
+            "Kubernetes: expected JOB_COMPLETION_INDEX beside TFDIST_NUM_WORKERS, found none; the Job needs "
+            "completionMode: Indexed"
+        )
     index, count = environ["JOB_COMPLETION_INDEX"], environ["TFDIST_NUM_WORKERS"]
     if not index.isdigit() or not count.isdigit() or not int(index) < int(count) <= 1 << 16:
         raise UserError(

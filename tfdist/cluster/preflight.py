@@ -30,6 +30,7 @@ _CONNECT_S = 3.0
 _RETRY_S = 0.2
 _PORT_RETRY_S = 3.0  # the process that had the port before may still be dying
 _OWN_ERROR_FIRST_S = 0.5
+_SAY_AFTER_S, _SAY_EVERY_S = 4.0, 30.0  # who waits says for whom
 _SUSPECT_S = 3.0  # a suspicion becomes an error unless everybody has met by then
 
 
@@ -106,8 +107,12 @@ class Meeting:
         for task in self.cluster.tasks:
             self.tasks.append(asyncio.ensure_future(self._reach(task)))
         self.tasks.append(asyncio.ensure_future(self._listen(deadline_s)))
+        say_s = time.monotonic() + _SAY_AFTER_S
         while not self.go:
             now_s = time.monotonic()
+            if now_s >= say_s:
+                say_s = now_s + _SAY_EVERY_S
+                logging.warning("waiting for %s; for %.0f s more", self._missing(), deadline_s - now_s)
             due = [error for since_s, error in self.suspected.values() if now_s - since_s > _SUSPECT_S]
             if now_s >= deadline_s:
                 self._fail(next((error for _, error in self.suspected.values()), None) or self._incomplete(timeout_s))
@@ -117,7 +122,7 @@ class Meeting:
                 await self._raise()
             self._tell_leader()
             if not self.go:
-                await self._change(min(deadline_s - now_s, _SUSPECT_S if self.suspected else deadline_s))
+                await self._change(min(deadline_s - now_s, say_s - now_s, _SUSPECT_S if self.suspected else _SAY_EVERY_S))
         self._stop_listening()
         if self.cluster.is_chief:
             kept = {task: connection for task, (_, connection) in self.came.items() if task != self.me}
@@ -380,7 +385,10 @@ class Meeting:
                 f"{self.me}: {host} is not an address of this machine: it could not meet itself at {address} within "
                 f"{timeout_s:g} s ({reason}); give the address that others reach it at"
             )
-        missing = []
+        return PeerLost(f"{self.me}: not everyone came within {timeout_s:g} s; missing: {self._missing()}")
+
+    def _missing(self) -> str:
+        address, missing = self.cluster.address(self.me), []
         for task in self.cluster.tasks:
             if task not in self.reached:
                 missing.append(f"{task} ({self.cluster.address(task)}: {self.reasons.get(task, 'no answer')})")
@@ -388,7 +396,7 @@ class Meeting:
                 missing.append(f"{task} (is there, but has not reached {self.me} at {address}: a firewall?)")
         missing = missing or [f"{task} (has not met everyone)" for task in self.cluster.tasks if task not in self.ready]
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        return PeerLost(f"{self.me}: not everyone came within {timeout_s:g} s; missing: {', '.join(missing[:8])}{more}")
+        return ", ".join(missing[:8]) + more
 
     def _warn_if_public(self, task: Task, connection: Connection) -> None:
         peer_name = connection.writer.get_extra_info("peername")  # None: it has closed already

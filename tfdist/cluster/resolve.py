@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from absl import logging
 
 from tfdist.cluster import kubernetes, slurm
-from tfdist.cluster.spec import Cluster, Task, TFConfigError, from_tf_config
+from tfdist.cluster.spec import Cluster, Task, TFConfigError
+from tfdist.cluster.tf_config import from_tf_config
 
 DEFAULT_PORT = 2222
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tfdist.cluster import ports
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.errors import DONE, PEER_LOST, STOPPED
+from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
 from tfdist.launch import restarts
 from tfdist.launch.supervisor import LAUNCHER_FD, MAX_RESTARTS, handle_signals
 from tfdist.launch.watchdog import describe_exit
@@ -207,9 +207,9 @@ class Failure:
     task: Task | None
 
     def show(self, final: bool) -> None:
-        if self.last_lines and final:
+        if self.last_lines and final and self.exit_code != WATCHDOG:  # else they are stacks, and were printed just now
             print(f"--- the last lines of {self.task} ---", *self.last_lines, "---", sep="\n", file=sys.stderr)
-        _say(f"{self.message} (exit code {self.exit_code})")
+        _say(self.message + ("" if "exit code" in self.message else f" (exit code {self.exit_code})"))
 
 
 def _cause(members: list["Member"]) -> Failure:

@@ -75,7 +75,7 @@ class Supervisor:
         now_s = time.monotonic()
         self.is_member = self.me in job.cluster.tasks  # an evaluator is not
         self.is_leader = job.cluster.is_chief or not self.is_member
-        watched = job.cluster.tasks if job.cluster.is_chief else (self.me,)
+        watched = job.cluster.tasks if self.is_member and job.cluster.is_chief else (self.me,)
         self.seen = {task: Seen(task, now_s, now_s) for task in watched}
         self.peers: dict[Task, Connection] = {}
         self.leader_heard_s = now_s
