@@ -18,8 +18,8 @@ from processes import finish, measured, start
 from tfdist.cli.processes import main as processes_command
 from tfdist.cluster.spec import Task
 from tfdist.cluster.tf_config import from_tf_config
-from tfdist.launch import launcher, restarts
-from tfdist.launch.launcher import Group
+from tfdist.launch import assign, launcher, restarts
+from tfdist.launch.assign import Group
 from tfdist.launch.watchdog import Limits, Seen, judge
 
 ACTOR = str(Path(__file__).parent / "actor.py")
@@ -397,14 +397,14 @@ def test_two_groups_at_once(tmp_path):
 
 def test_members():
     group = Group([], num_workers=3, num_ps=2, evaluator=True)
-    clusters = launcher.clusters(group, [f"h:{i}" for i in range(1, 7)])
+    clusters = assign.clusters(group, [f"h:{i}" for i in range(1, 7)])
     assert [str(c.task) for c in clusters] == [
         "chief 0", "worker 0", "worker 1", "worker 2", "ps 0", "ps 1", "evaluator 0",
     ]  # fmt: skip
     for cluster in clusters:
         again, _ = from_tf_config(cluster.to_tf_config())
         assert again == cluster and cluster.leader == Task("chief", 0)
-    without = launcher.clusters(Group([], num_workers=2), ["h:1", "h:2"])
+    without = assign.clusters(Group([], num_workers=2), ["h:1", "h:2"])
     assert [str(c.task) for c in without] == ["worker 0", "worker 1"] and without[0].is_chief
 
 
@@ -422,7 +422,7 @@ def test_members():
 )
 def test_gpus_are_divided(visible, workers, per_worker, expected):
     group = Group([], num_workers=workers, devices_per_worker=per_worker)
-    found = launcher.gpus_of_workers(group, {"CUDA_VISIBLE_DEVICES": visible})
+    found = assign.gpus_of_workers(group, {"CUDA_VISIBLE_DEVICES": visible})
     assert [found.get(Task("worker", i)) for i in range(workers)] == expected
 
 

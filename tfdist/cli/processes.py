@@ -15,6 +15,7 @@ from tfdist.cluster.preflight import versions
 from tfdist.cluster.resolve import job_token, resolve
 from tfdist.cluster.spec import Cluster
 from tfdist.launch import launcher, supervisor
+from tfdist.launch.assign import Group
 from tfdist.launch.watchdog import Limits
 
 _PROGRAM = [sys.executable, "-m", "tfdist.cli"]
@@ -129,7 +130,7 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--log_dir: cannot write to {log_dir}: {error.strerror}")
-    return launcher.run(launcher.Group(
+    return launcher.run(Group(
         command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
     ))  # fmt: skip
 

@@ -1,0 +1,117 @@
+"""One supervisor that a launcher started: its output with a prefix, its whole log, its report."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import IO, Any
+
+from tfdist.cluster.spec import Cluster
+from tfdist.errors import PEER_LOST
+from tfdist.launch.assign import Group
+from tfdist.launch.process import LAUNCHER_FD
+from tfdist.launch.watchdog import describe_exit
+
+_LAST_LINES = 50
+
+
+class Member:
+    """One supervisor that this launcher started."""
+
+    def __init__(self, group: Group, cluster: Cluster, environment: Mapping[str, str]):
+        self.task = cluster.task
+        self.ours, theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.received, self.child_pid, self.end = b"", 0, None
+        self.killed = False
+        self.ended_s = float("inf")
+        self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self.log: IO[bytes] = open(group.log_dir / f"{self.task.type}-{self.task.index}.log", "ab", buffering=0)  # noqa: SIM115
+        self.process = subprocess.Popen(
+            group.command, env={**environment, LAUNCHER_FD: str(theirs.fileno())}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+        theirs.close()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.ours, self._hear)
+        self.streams = [
+            asyncio.ensure_future(self._forward(self.process.stdout, sys.stdout)),
+            asyncio.ensure_future(self._forward(self.process.stderr, sys.stderr)),
+        ]
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            received = self.ours.recv(1 << 16)
+            if not received:
+                asyncio.get_running_loop().remove_reader(self.ours)
+            *lines, self.received = (self.received + received).split(b"\n")
+            for message in map(json.loads, lines):
+                self.child_pid = message.get("child", self.child_pid)
+                self.end = message.get("end", self.end)
+
+    async def _forward(self, pipe: IO[bytes], to: IO[str]) -> None:
+        """Whole lines, with a prefix, to the launcher's own output; all bytes to the log."""
+        reader = asyncio.StreamReader(limit=1 << 20)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+        rest = b""
+        while received := await reader.read(1 << 16):
+            *lines, rest = (rest + received).split(b"\n")
+            if len(rest) > 1 << 20:
+                lines, rest = [*lines, rest], b""
+            self._emit(lines, to)
+        self._emit([rest] if rest else [], to)
+
+    def _emit(self, lines: list[bytes], to: IO[str]) -> None:
+        for line in lines:
+            text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # of a progress bar, its last state
+            self.last_lines.append(text)
+            with contextlib.suppress(OSError):  # whoever read our output is gone; training is not
+                print(f"[{self.task}] {text}", file=to, flush=True)
+        with contextlib.suppress(OSError):  # a full disk must not end the run either
+            self.log.write(b"".join(line + b"\n" for line in lines))
+
+    def poll(self) -> int | None:
+        code = self.process.poll()
+        if code is not None and self.ended_s == float("inf"):
+            self.ended_s = time.monotonic()
+        return code if code is None or code >= 0 else 128 - code
+
+    def verdict(self) -> dict[str, Any]:
+        """What the supervisor reported, or what its own end says."""
+        code = self.poll()
+        if self.end is not None:
+            return self.end
+        if self.killed or code is None:
+            return {"exit_code": PEER_LOST, "message": f"{self.task} had to be killed", "task": None, "step": 0}
+        message = f"the supervisor of {self.task} {describe_exit(code)}"
+        return {"exit_code": code, "message": message, "task": [self.task.type, self.task.index], "step": 0}
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """The supervisor, its child, and what they started."""
+        self.killed = self.killed or self.process.poll() is None
+        for group in (self.child_pid, self.process.pid):
+            if group:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signal.SIGKILL)
+
+    async def finish_logs(self) -> None:
+        """What was written last; a stray grandchild that holds a pipe open is not waited for."""
+        await asyncio.wait(self.streams, timeout=1.0)
+        for stream in self.streams:
+            stream.cancel()
+        with contextlib.suppress(ValueError):
+            asyncio.get_running_loop().remove_reader(self.ours)
+        self._hear()
+        self.log.close()
+        self.ours.close()
