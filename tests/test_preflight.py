@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tfdist.cluster import ports, preflight
+from tfdist.cluster.hello import versions
 from tfdist.cluster.preflight import Disagreement, Meeting, ToldToStop
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import PeerLost, UserError
@@ -177,7 +178,7 @@ def test_differing_facts_are_named_on_every_task(addresses, side):
 
 def test_differing_versions_are_named(addresses):
     clusters = tasks(*addresses[:2])
-    results, _ = together(one(clusters[0], facts=preflight.versions()), one(clusters[1], facts={"version of tfdist": "0"}))
+    results, _ = together(one(clusters[0], facts=versions()), one(clusters[1], facts={"version of tfdist": "0"}))
     assert all("version of" in str(r) and r.exit_code == 2 for r in results)
 
 
@@ -211,6 +212,12 @@ def test_another_job_does_not_disturb(addresses):
     assert isinstance(results[2], PeerLost) and "answers for another job" in str(results[2]) or "refused" in str(results[2])
 
 
+def hello(**changed) -> bytes:
+    """Of somebody who knows the token "t", and little else."""
+    known = {"token": "t", "nonce": "x", "task": {"type": "worker", "index": 1}, "who": "me", "jobs": {}, "facts": {}}
+    return json.dumps(known | changed).encode() + b"\n"
+
+
 @pytest.mark.parametrize(
     "noise",
     [
@@ -219,8 +226,12 @@ def test_another_job_does_not_disturb(addresses):
         b"\x00\xff" * 1000 + b"\n",
         b"[" * 100_000 + b"\n",
         b"x" * 1_000_000,
-        json.dumps({"token": "t", "task": ["worker"], "cluster": [], "facts": 1}).encode() + b"\n",
-        json.dumps({"token": "t", "task": ["worker", 1], "cluster": {}, "facts": {}, "nonce": "x"}).encode()[:-9] + b"\n",
+        hello(task={"type": "worker", "index": float("inf")}),
+        hello(task=["worker", 1]),
+        hello(token="\ud800"),
+        hello(jobs={"\x1b[31m": ["a:1"]}),
+        hello(facts=1),
+        hello()[:-9] + b"\n",
     ],
 )
 def test_noise_on_the_port_is_ignored(addresses, noise):

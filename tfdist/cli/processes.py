@@ -10,8 +10,8 @@ from tfdist import config, errors
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli.chatter import without_startup_chatter
 from tfdist.cli.usage import fail, near
+from tfdist.cluster.hello import versions
 from tfdist.cluster.link import supervisor as supervisor_link
-from tfdist.cluster.preflight import versions
 from tfdist.cluster.resolve import job_token, resolve
 from tfdist.cluster.spec import Cluster
 from tfdist.launch import launcher, supervisor

@@ -5,13 +5,9 @@ what must be equal. When all have met all, the leader says "go" and the ports ar
 """
 
 import asyncio
-import contextlib
 import errno
-import hmac
-import importlib.metadata
 import ipaddress
 import os
-import secrets
 import socket
 import threading
 import time
@@ -21,7 +17,8 @@ from typing import Any
 from absl import logging
 
 from tfdist.cluster import ports
-from tfdist.cluster.spec import JOBS, Cluster, Task, split_address
+from tfdist.cluster.hello import Hello, printable, versions
+from tfdist.cluster.spec import Cluster, Task, split_address
 from tfdist.cluster.wire import MAX_LINE_BYTES, Connection, connect
 from tfdist.errors import STOPPED, Failure, PeerLost, UserError
 
@@ -42,15 +39,6 @@ class ToldToStop(Failure):
     """This task, or a peer, was told to stop before training began: so is everyone."""
 
     exit_code = STOPPED
-
-
-def versions() -> dict[str, str]:
-    """Versions that must be equal on every task; read from package metadata, nothing is imported."""
-    found = {}
-    for name in ("tfdist", "tensorflow", "keras"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[f"version of {name}"] = importlib.metadata.version(name)
-    return found
 
 
 def meet(cluster: Cluster, token: str, timeout_s: float) -> None:
@@ -82,8 +70,9 @@ class Meeting:
     """One task's side. `facts` are compared by name; differing ones are named in the error."""
 
     def __init__(self, cluster: Cluster, token: str, facts: Mapping[str, Any]):
-        self.cluster, self.token, self.facts = cluster, token, dict(facts)
-        self.me, self.nonce = cluster.task, secrets.token_hex(8)
+        self.cluster, self.me = cluster, cluster.task
+        self.mine = Hello.of(cluster, token, facts)
+        self.is_unnamed = self.mine.is_unnamed
         self.came: dict[Task, tuple[str, Connection]] = {}  # they reached me: nonce, connection
         self.reached: dict[Task, Connection] = {}  # I reached them
         self.ready: set[Task] = set()  # on the leader: who has met everyone
@@ -184,21 +173,21 @@ class Meeting:
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection, peer = Connection(reader, writer), None
         try:
-            hello = await asyncio.wait_for(connection.receive(), _HELLO_S)
+            hello = Hello.parse(await asyncio.wait_for(connection.receive(), _HELLO_S))
             peer = self._introduced(hello)
             if peer is None:  # nobody of this job
                 # one that seems to be of this job, with a mistake in its TF_CONFIG, must find the mistake as well
                 # (the token that it gets is no secret: it is the hash of the cluster)
-                named = self.token != self.cluster.identity()
-                connection.send({"refused": "another job"} if named or not self.suspected else self._hello())
+                may_differ = self.is_unnamed and self.suspected
+                connection.send(self.mine.to_json() if may_differ else {"refused": "another job"})
                 await connection.close()
                 return
-            connection.send(self._hello())
+            connection.send(self.mine.to_json())
             known = self.came.get(peer)
-            if known is not None and known[0] != hello["nonce"]:
-                self._fail(Disagreement(f"{peer} runs twice: {self._who(hello)} came as well; start each task once"))
+            if known is not None and known[0] != hello.nonce:
+                self._fail(Disagreement(f"{peer} runs twice: {hello.who} came as well; start each task once"))
                 return
-            self.came[peer] = (hello["nonce"], connection)
+            self.came[peer] = (hello.nonce, connection)
             self.changed.set()
             await self._read(peer, connection)
         except asyncio.TimeoutError:
@@ -215,8 +204,8 @@ class Meeting:
             try:
                 connection = await connect(host, port, _CONNECT_S)
                 self._warn_if_public(task, connection)
-                connection.send(self._hello())
-                hello = await asyncio.wait_for(connection.receive(), _HELLO_S)
+                connection.send(self.mine.to_json())
+                answer = await asyncio.wait_for(connection.receive(), _HELLO_S)
             except socket.gaierror:
                 self.reasons[task] = f"cannot resolve {host}"
             except asyncio.TimeoutError:
@@ -226,7 +215,7 @@ class Meeting:
             except Exception as error:  # whatever answers there, the next attempt comes
                 self.reasons[task] = f"{type(error).__name__}: {error}"[:80]
             else:
-                if self._answered(task, hello):
+                if self._answered(task, answer):
                     self.reached[task] = connection
                     self.changed.set()
                     await self._read(task, connection)
@@ -237,26 +226,27 @@ class Meeting:
                 await connection.close()
             await asyncio.sleep(_RETRY_S)
 
-    def _answered(self, task: Task, hello: dict[str, Any] | None) -> bool:
+    def _answered(self, task: Task, answer: dict[str, Any] | None) -> bool:
         """Whether the right process is at a task's address."""
         address = self.cluster.address(task)
-        if hello is not None and "refused" in hello:
+        if answer is not None and "refused" in answer:
             self.reasons[task] = f"{address} answers for another job (TFDIST_JOB_TOKEN differs?)"
             return False
+        hello = Hello.parse(answer)
         found = self._introduced(hello)
         if found is None:
             self.reasons[task] = "what answers there is no tfdist task of this job"
             return False
         if found != task:
             self._suspect(task, Disagreement(
-                f"{self.me}: expected {task} at {address}, found {found} ({self._who(hello)}); every task needs the same "
+                f"{self.me}: expected {task} at {address}, found {found} ({hello.who}); every task needs the same "
                 "cluster and its own task.index"
             ))  # fmt: skip
             return False
-        if task == self.me and hello["nonce"] != self.nonce:
+        if task == self.me and hello.nonce != self.mine.nonce:
             host = split_address(address)[0]
             self._fail(Disagreement(
-                f"{self.me} meets another {self.me} at its own address {address} ({self._who(hello)}): it runs twice, or "
+                f"{self.me} meets another {self.me} at its own address {address} ({hello.who}): it runs twice, or "
                 f"{host} is not an address of this machine"
             ))  # fmt: skip
             return False
@@ -270,7 +260,7 @@ class Meeting:
                 connection.inbox.put_nowait(message)
                 continue
             if "error" in message and task != self.me:
-                self._hear(task, _printable(message["error"], 2000), message.get("kind"))
+                self._hear(task, printable(message["error"], 2000), message.get("kind"))
             if message.get("ready") is True:
                 self.ready.add(task)
             if message.get("go") is True and task == self.cluster.leader:
@@ -289,49 +279,22 @@ class Meeting:
 
     # ---- hello ----
 
-    def _hello(self) -> dict[str, Any]:
-        return {
-            "token": self.token, "nonce": self.nonce, "task": [self.me.type, self.me.index], "pid": os.getpid(),
-            "host": socket.gethostname(), "cluster": self._members(self.cluster.jobs()), "facts": self.facts,
-        }  # fmt: skip
-
-    @staticmethod
-    def _members(jobs: dict[str, Any]) -> dict[str, Any]:
-        return {job: addresses for job, addresses in jobs.items() if job != "evaluator"}
-
-    def _introduced(self, hello: dict[str, Any] | None) -> Task | None:
+    def _introduced(self, hello: Hello | None) -> Task | None:
         """Who says hello; None for a stranger. One of us who differs in what must be equal is an error of ours too."""
-        try:
-            token, (job, index), cluster, facts = str(hello["token"]), hello["task"], hello["cluster"], dict(hello["facts"])
-            peer = Task(str(job), int(index))
-            hello["nonce"] = str(hello["nonce"])
-            jobs = {str(job): [str(address) for address in addresses] for job, addresses in cluster.items()}
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        if hello is None:
             return None
-        if not {peer.type, *jobs} <= set(JOBS):
+        if not hello.has_token_of(self.mine):
+            if self.is_unnamed and hello.is_unnamed:  # most likely one job, with a mistake in a TF_CONFIG
+                self._suspect(None, self._differs(self.mine.difference_of_clusters(hello), f"{hello.task} ({hello.who})"))
             return None
-        if not hmac.compare_digest(token.encode("utf-8", "replace"), self.token.encode("utf-8", "replace")):
-            unnamed = self.token == self.cluster.identity() and token == _identity(jobs)
-            if unnamed:  # no token was given on either side: most likely one job, with a mistake in a TF_CONFIG
-                self._suspect(None, self._cluster_differs(jobs, f"{peer} ({self._who(hello)})"))
-            return None
-        if jobs != self._members(self.cluster.jobs()):
-            self._fail(self._cluster_differs(jobs, str(peer)))
-        for name in sorted(self.facts.keys() | facts.keys()):
-            mine, theirs = self.facts.get(name, "missing"), facts.get(name, "missing")
-            if mine != theirs:
-                values = f"{mine!r:.80} at {self.me}, {theirs!r:.80} at {peer}"
-                shown = name if name in self.facts else f"{name!r:.80}"
-                self._fail(Disagreement(f"{shown} differs: {values}; start all tasks with the same"))
-                break
-        return peer
+        if difference := self.mine.difference_of_clusters(hello):
+            self._fail(self._differs(difference, str(hello.task)))
+        elif difference := self.mine.difference_of_facts(hello):
+            self._fail(Disagreement(f"{difference}; start all tasks with the same"))
+        return hello.task if hello.task in self.cluster.tasks else None
 
-    def _cluster_differs(self, theirs: dict[str, list[str]], whose: str) -> Disagreement:
-        difference = _difference(self._members(self.cluster.jobs()), theirs)
+    def _differs(self, difference: str, whose: str) -> Disagreement:
         return Disagreement(f"{self.me}: the cluster differs: {difference} at {whose}; give every task the same cluster")
-
-    def _who(self, hello: dict[str, Any]) -> str:
-        return f"process {_printable(hello.get('pid'), 10)} on {_printable(hello.get('host'), 80)}"
 
     # ---- the end ----
 
@@ -409,30 +372,8 @@ class Meeting:
             )  # fmt: skip
 
 
-def _printable(text: Any, length: int) -> str:
-    """What came over the network, for a line on a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:length])
-
-
 def _kind(error: Failure) -> str:
     """Both sides of a disagreement find it, with the same exit code; of another error the peers are only told."""
     if isinstance(error, ToldToStop):
         return "stop"
     return "disagreement" if isinstance(error, Disagreement) else "own"
-
-
-def _identity(jobs: dict[str, list[str]]) -> str:
-    known = {job: tuple(addresses) for job, addresses in jobs.items() if job in ("chief", "worker", "ps")}
-    return Cluster(**known).identity()
-
-
-def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """The first place where two clusters differ."""
-    for job in sorted(mine.keys() | theirs.keys()):
-        here, there = list(mine.get(job, [])), list(theirs.get(job, []))
-        if len(here) != len(there):
-            return f"cluster.{job} has {len(here)} here, {len(there)}"
-        for i, (a, b) in enumerate(zip(here, there, strict=True)):
-            if a != b:
-                return f"cluster.{job}[{i}] is {a!r:.80} here, {b!r:.80}"
-    return "equal members in another form"
