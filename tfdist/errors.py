@@ -42,12 +42,6 @@ class PeerLost(Failure, ConnectionError):
     exit_code = PEER_LOST
 
 
-class Stuck(Failure, TimeoutError):
-    """The watchdog ended a group that did not go forward."""
-
-    exit_code = WATCHDOG
-
-
 class Stopped(SystemExit):
     """Told to stop by SIGTERM or Ctrl-C, and saved (143), or the save failed (4)."""
 
