@@ -230,6 +230,7 @@ def test_a_frozen_worker_is_found_and_all_stacks_are_written(tmp_path):
     assert done.returncode == 142 and "worker 1 is frozen: no heartbeat for" in done.stderr
     for i in range(2):
         assert "most recent call first" in log(tmp_path, f"worker-{i}") and "actor.py" in log(tmp_path, f"worker-{i}")
+    assert "most recent call first" not in done.stderr and "actor.py" not in done.stderr, "the terminal is for the one line"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tfdist.cluster import ports
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
+from tfdist.errors import DONE, PEER_LOST, STOPPED
 from tfdist.launch import restarts
 from tfdist.launch.assign import Group, clusters, gpus_of_workers
 from tfdist.launch.member import Member
@@ -145,7 +145,7 @@ class Failure:
     task: Task | None
 
     def show(self, final: bool) -> None:
-        if self.last_lines and final and self.exit_code != WATCHDOG:  # else they are stacks, and were printed just now
+        if self.last_lines and final:
             print(f"--- the last lines of {self.task} ---", *self.last_lines, "---", sep="\n", file=sys.stderr)
         _say(self.message + ("" if "exit code" in self.message else f" (exit code {self.exit_code})"))
 

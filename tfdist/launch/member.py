@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ class Member:
         self.ours, theirs = socket.socketpair()
         self.ours.setblocking(False)
         self.received, self.child_pid, self.end = b"", 0, None
-        self.killed = False
+        self.killed = self.in_stacks = False
         self.ended_s = float("inf")
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self.log: IO[bytes] = open(group.log_dir / f"{self.task.type}-{self.task.index}.log", "ab", buffering=0)  # noqa: SIM115
@@ -71,11 +72,19 @@ class Member:
     def _emit(self, lines: list[bytes], to: IO[str]) -> None:
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # of a progress bar, its last state
+            if self._is_of_stacks(text):  # a hundred lines and more: the log has them
+                continue
             self.last_lines.append(text)
             with contextlib.suppress(OSError):  # whoever read our output is gone; training is not
                 print(f"[{self.task}] {text}", file=to, flush=True)
         with contextlib.suppress(OSError):  # a full disk must not end the run either
             self.log.write(b"".join(line + b"\n" for line in lines))
+
+    def _is_of_stacks(self, text: str) -> bool:
+        """Whether a line belongs to what faulthandler writes of all threads."""
+        begins = re.match(r"(Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):", text) is not None
+        self.in_stacks = begins or (self.in_stacks and (text == "" or text.startswith("  ")))
+        return self.in_stacks
 
     def poll(self) -> int | None:
         code = self.process.poll()
