@@ -7,6 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from pathlib import Path
 
 import pytest
+from processes import kill_what_is_left
 
 # later strategies are added here, and every test of equality covers them
 STRATEGIES = ("mirrored:2", "mirrored:4", "multi_worker:2x1", "multi_worker:2x2")
@@ -18,6 +19,12 @@ def cache_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["TFDIST_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    kill_what_is_left()
 
 
 @pytest.fixture(params=STRATEGIES)

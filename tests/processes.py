@@ -7,14 +7,26 @@ import sys
 from collections.abc import Sequence
 
 LIMIT_S = 240
+_started: list[subprocess.Popen] = []
 
 
 def start(arguments: Sequence[str], env: dict[str, str] | None = None) -> subprocess.Popen:
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *arguments],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env={**os.environ, **(env or {})},
     )  # fmt: skip
+    _started.append(process)
+    return process
+
+
+def kill_what_is_left() -> None:
+    """Of a test that failed half-way: the groups of its processes. What a launcher started goes with the launcher."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def finish(process: subprocess.Popen, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess:
