@@ -103,10 +103,7 @@ def contest(name: str, rank: int, port: int) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     num_workers, make = CONTESTANTS[name]
     turn = make(num_workers=num_workers, rank=rank, port=port)
-    turn(), turn()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(turn(), flush=True)
+    step.take_turns(turn)
 
 
 class Contestant:

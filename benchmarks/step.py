@@ -194,7 +194,10 @@ CONTESTANTS: dict[str, Callable[[], Turn]] = {
 def contest(name: str) -> None:
     """A contestant's process: warm up, then one turn for each line on stdin."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    turn = CONTESTANTS[name]()
+    take_turns(CONTESTANTS[name]())
+
+
+def take_turns(turn: Turn) -> None:
     turn(), turn()
     print("ready", flush=True)
     for _ in sys.stdin:

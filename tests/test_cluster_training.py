@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import finish, measured, start, tfdist
-from test_launch import alive, assert_all_gone, group_of, wait_until
+from test_launch import alive, assert_all_gone, group_of, parent_of, wait_until
 
 from tfdist.checkpoint import store
 from tfdist.cluster import ports
@@ -51,14 +51,11 @@ def undisturbed(train, tmp_path_factory):
 def trainers(process) -> list[int]:
     """The training processes, worker 0 first: those whose parent is itself a child of the launcher."""
 
-    def parent(pid: int) -> int:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
     def found():
         try:
             members = group_of(process)
-            supervisors = sorted(pid for pid in members if parent(pid) == process.pid)
-            children = [pid for supervisor in supervisors for pid in members if parent(pid) == supervisor]
+            supervisors = sorted(pid for pid in members if parent_of(pid) == process.pid)
+            children = [pid for supervisor in supervisors for pid in members if parent_of(pid) == supervisor]
         except OSError:
             return None
         return len(children) == 2 and children
@@ -306,8 +303,9 @@ def test_one_that_comes_late_to_tensorflow_is_not_frozen(tmp_path):
 
 
 @pytest.mark.slow
-def test_gradients_reduced_in_bfloat16_train_nearly_the_same(undisturbed, train, tmp_path):
-    done = finish(launch(*train, f"--workdir={tmp_path}", "--config.strategy.reduce_dtype=bfloat16"), 120)
+def test_gradients_in_bfloat16_and_in_packs_train_nearly_the_same(undisturbed, train, tmp_path):
+    options = ["reduce_dtype=bfloat16", "communication=ring", "bytes_per_pack=4096", "communication_timeout_s=30"]
+    done = finish(launch(*train, f"--workdir={tmp_path}", *(f"--config.strategy.{option}" for option in options)), 120)
     assert done.returncode == 0, done.stderr
     exact, rounded = losses(undisturbed[0]), losses(tmp_path)
     assert exact != rounded

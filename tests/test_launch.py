@@ -55,6 +55,10 @@ def pids(tmp_path, *tasks: str) -> list[int]:
     return wait_until(found)
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -193,7 +197,7 @@ def test_a_dead_supervisor_ends_the_group(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
     members = group_of(process)
-    supervisor = int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
+    supervisor = parent_of(program)
     os.kill(supervisor, signal.SIGKILL)
     assert_all_gone(members, 2.0)
     assert finish(process, 5).returncode == 137
@@ -247,7 +251,7 @@ def test_a_frozen_supervisor_is_found(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
     members = group_of(process)
-    supervisor = int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
+    supervisor = parent_of(program)
     os.kill(supervisor, signal.SIGSTOP)
     done = finish(process, 15)
     assert done.returncode == 140 and f"{task.replace('-', ' ')} is silent for" in done.stderr
@@ -320,7 +324,7 @@ def test_sigterm_stops_everyone(tmp_path, whom):
     process = launch(tmp_path, "--workers=2")
     programs = pids(tmp_path, "worker-0", "worker-1")
     members = group_of(process)
-    supervisor = int(Path(f"/proc/{programs[1]}/stat").read_text().rpartition(")")[2].split()[1])
+    supervisor = parent_of(programs[1])
     for pid in {"launcher": [process.pid], "one supervisor": [supervisor], "one program": programs[1:],
                 "everyone": [process.pid, *members]}[whom]:  # fmt: skip
         os.kill(pid, signal.SIGTERM)

@@ -1,9 +1,16 @@
 """Ports of this machine: who holds one, and taking one."""
 
+import asyncio
 import contextlib
+import errno
 import os
 import socket
+import time
 from pathlib import Path
+
+from tfdist.errors import UserError
+
+_RETRY_S = 0.2
 
 
 def listen(port: int) -> socket.socket:
@@ -12,6 +19,22 @@ def listen(port: int) -> socket.socket:
         with contextlib.suppress(OSError):
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     return socket.create_server(("", port), backlog=1024)
+
+
+async def take(port: int, give_up_s: float) -> socket.socket:
+    """Listens; tries again until the monotonic clock says `give_up_s`: who had the port before may still be dying.
+
+    Raises `UserError` that names the holder, or says why not.
+    """
+    while True:
+        try:
+            return listen(port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"cannot listen on port {port}: {error.strerror}; give this task another port") from None
+            if time.monotonic() >= give_up_s:
+                raise UserError(f"port {port} is taken by {holder(port)}; stop it, or give this task another port") from None
+        await asyncio.sleep(_RETRY_S)
 
 
 def reserve() -> socket.socket:

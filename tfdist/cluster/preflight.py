@@ -5,7 +5,6 @@ what must be equal. When all have met all, the leader says "go" and the ports ar
 """
 
 import asyncio
-import errno
 import ipaddress
 import os
 import socket
@@ -25,7 +24,7 @@ from tfdist.errors import STOPPED, Failure, PeerLost, UserError
 _HELLO_S = 5.0  # a connection that does not introduce itself is closed
 _CONNECT_S = 3.0
 _RETRY_S = 0.2
-_PORT_RETRY_S = 3.0  # the process that had the port before may still be dying
+_PORT_RETRY_S = 3.0
 _OWN_ERROR_FIRST_S = 0.5
 _SAY_AFTER_S, _SAY_EVERY_S = 4.0, 30.0  # who waits says for whom
 _SUSPECT_S = 3.0  # a suspicion becomes an error unless everybody has met by then
@@ -149,20 +148,11 @@ class Meeting:
 
     async def _listen(self, deadline_s: float) -> None:
         port = split_address(self.cluster.address(self.me))[1]
-        give_up_s = min(time.monotonic() + _PORT_RETRY_S, deadline_s)
-        while True:
-            try:
-                listener = ports.listen(port)
-                break
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    self._fail(UserError(f"{self.me}: cannot listen on port {port}: {error.strerror}; give it another port"))
-                    return
-                if time.monotonic() >= give_up_s:
-                    self._fail(UserError(f"{self.me}: port {port} is taken by {ports.holder(port)} ({error.strerror}); "
-                                         "stop it, or give this task another port"))  # fmt: skip
-                    return
-                await asyncio.sleep(_RETRY_S)
+        try:
+            listener = await ports.take(port, min(time.monotonic() + _PORT_RETRY_S, deadline_s))
+        except UserError as error:
+            self._fail(UserError(f"{self.me}: {error}"))
+            return
         self.server = await asyncio.start_server(self._welcome, sock=listener, limit=MAX_LINE_BYTES)
 
     def _stop_listening(self) -> None:
@@ -199,13 +189,22 @@ class Meeting:
     # ---- the others ----
 
     async def _reach(self, task: Task) -> None:
+        """Connects again and again until it has met the task; whatever goes wrong is the reason shown so far."""
         host, port = split_address(self.cluster.address(task))
         while not self.go:
+            connection = None
             try:
                 connection = await connect(host, port, _CONNECT_S)
                 self._warn_if_public(task, connection)
                 connection.send(self.mine.to_json())
-                answer = await asyncio.wait_for(connection.receive(), _HELLO_S)
+                if self._answered(task, await asyncio.wait_for(connection.receive(), _HELLO_S)):
+                    self.reached[task] = connection
+                    self.changed.set()
+                    await self._read(task, connection)
+                    if self.go:
+                        return
+                    del self.reached[task]
+                    self.reasons[task] = "it came and went away again"
             except socket.gaierror:
                 self.reasons[task] = f"cannot resolve {host}"
             except asyncio.TimeoutError:
@@ -214,15 +213,7 @@ class Meeting:
                 self.reasons[task] = (os.strerror(error.errno) if error.errno else str(error)).lower()
             except Exception as error:  # whatever answers there, the next attempt comes
                 self.reasons[task] = f"{type(error).__name__}: {error}"[:80]
-            else:
-                if self._answered(task, answer):
-                    self.reached[task] = connection
-                    self.changed.set()
-                    await self._read(task, connection)
-                    if self.go:
-                        return
-                    del self.reached[task]
-                    self.reasons[task] = "it came and went away again"
+            if connection is not None:
                 await connection.close()
             await asyncio.sleep(_RETRY_S)
 

@@ -113,9 +113,7 @@ class Supervisor:
             readers = [asyncio.ensure_future(self._listen(task, peer)) for task, peer in self.peers.items()]
             verdict = await self._watch()
             await self._end(verdict)
-            if (
-                readers and self.is_leader
-            ):  # closing first, with their statuses unread, would reset the connection: "end" lost
+            if readers and self.is_leader:  # closing with statuses unread would reset the connection, and lose "end"
                 await asyncio.wait(readers, timeout=_GOODBYE_S)
             for reader in readers:
                 reader.cancel()
