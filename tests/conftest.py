@@ -10,7 +10,7 @@ import pytest
 from processes import kill_what_is_left
 
 # later strategies are added here, and every test of equality covers them
-STRATEGIES = ("mirrored:2", "mirrored:4", "multi_worker:2x1", "multi_worker:2x2")
+STRATEGIES = ("mirrored:2", "mirrored:4", "multi_worker:2x1", "multi_worker:2x2", "multi_worker:3x1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,11 +25,6 @@ def cache_dir(tmp_path_factory) -> Path:
 def nothing_is_left():
     yield
     kill_what_is_left()
-
-
-@pytest.fixture(params=STRATEGIES)
-def strategies(request) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -273,7 +273,9 @@ def _slow(*case):
         _slow(["--config.data.source=ftp://x"], {}, 3, "expected stdlib, files:GLOB"),
         _slow(["--config.data.sequence_length=100000"], {}, 3, "data.sequence_length: expected at most"),
         _slow(["--config.model.vocab_size=100"], {}, 3, "model.vocab_size: expected at least 258"),
-        _slow(["--config.strategy.kind=multi_worker"], {}, 2, "TF_CONFIG: not set; strategy.kind=multi_worker needs a cluster"),
+        _slow(
+            ["--config.strategy.kind=multi_worker"], {}, 2, "TF_CONFIG: not set; strategy.kind=multi_worker needs a cluster"
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_its_code(source, tmp_path, arguments, env, code, expected):

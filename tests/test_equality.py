@@ -2,20 +2,22 @@
 
 import numpy as np
 import pytest
-from cells import CELLS
-from oracle import assert_equal_to_one_device, results
+from cells import CELLS, SIXTEEN_BITS
+from conftest import STRATEGIES
+from oracle import assert_equal_to_one_device, cells_of, results
 
-# a cross-section for the ordinary test run; the rest is slow
+# a cross-section for the ordinary test run besides all cells on two replicas; the rest is slow
 FOUR_REPLICAS = ("dense_model_with_l2_momentum_and_clip_by_value",)
 TWO_WORKERS = (
-    "accumulation_and_dropout",
-    "token_weights_uneven_batches_and_a_step_without_weight",
-    "empty_replicas_and_dropout",
+    "batch_norm_with_empty_replicas_and_added_losses",
+    "several_inputs_and_outputs_with_their_own_weights",
+    "empty_replicas_dropout_clip_by_norm_and_ema",
 )
 FLOAT32 = ("dense_model_with_l2_momentum_and_clip_by_value",)
+DTYPES = ("float64", "float32")
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", cells_of("mirrored:2", "float64"))
 def test_two_replicas_in_float64(cell):
     assert_equal_to_one_device(cell, "mirrored:2", "float64")
 
@@ -27,8 +29,8 @@ def test_two_replicas_in_float32(cell):
 
 @pytest.mark.parametrize("cell", FOUR_REPLICAS)
 def test_four_replicas_in_float64(cell):
-    expected, found = results("one_device", "float64"), results("mirrored:4", "float64", FOUR_REPLICAS)
-    for key in [key for key in expected if key.startswith(f"{cell}|") and "key/bias" not in key]:
+    expected, found = one_device(), results("mirrored:4", "float64", FOUR_REPLICAS)
+    for key in [key for key in found if key.startswith(f"{cell}|") and not key.endswith("|who")]:
         np.testing.assert_allclose(found[key][-1:], expected[key][-1:], rtol=0, atol=1e-9, err_msg=key)
 
 
@@ -37,25 +39,66 @@ def test_two_workers_in_float64(cell):
     assert_equal_to_one_device(cell, "multi_worker:2x1", "float64", TWO_WORKERS)
 
 
+REST = [(s, d, cell) for s in STRATEGIES for d in DTYPES for cell in cells_of(s, d) if (s, d) != ("mirrored:2", "float64")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_every_cell(cell, strategies, dtype):
-    assert_equal_to_one_device(cell, strategies, dtype)
+@pytest.mark.parametrize(("strategy", "dtype", "cell"), REST)
+def test_every_cell(strategy, dtype, cell):
+    assert_equal_to_one_device(cell, strategy, dtype)
+
+
+def one_device():
+    return results("one_device", "float64", cells_of("one_device", "float64"))
 
 
 def test_the_cells_do_train():
     """Equality of runs that stand still would prove nothing."""
-    arrays = results("one_device", "float64")
-    for cell in CELLS:
-        losses = arrays[f"{cell}|losses"]
-        assert np.isfinite(losses).all()
-        assert losses[-3:].mean() < losses[:3].mean() or "uneven" in cell, cell
+    for key, losses in one_device().items():
+        if key.endswith("|losses"):
+            finite = losses[np.isfinite(losses) & (losses != 0)]
+            assert len(finite) >= 5 and finite[-3:].mean() < finite[:3].mean(), key
 
 
 def test_a_step_without_weight_changes_nothing_and_counts():
-    arrays = results("one_device", "float64")
-    cell = "token_weights_uneven_batches_and_a_step_without_weight"
+    arrays, cell = one_device(), "accumulation_dropout_weights_and_a_step_without_any"
     assert (arrays[f"{cell}|losses"][1::3] == 0).all()
     assert arrays[f"{cell}|var/step"][0] == 20
     assert arrays[f"{cell}|var/optimizer/iterations"][0] == 13  # 20 steps less the 7 without weight
+
+
+def test_a_step_that_is_not_finite_names_variable_and_replica():
+    cell = "a_step_that_is_not_finite_is_skipped_by_all"
+    for strategy, replica in (("one_device", 0), ("mirrored:2", 1)):
+        arrays = results(strategy, "float64", cells_of(strategy, "float64"))
+        assert list(arrays[f"{cell}|skipped"]) == [4, 9, 14, 19]
+        assert set(arrays[f"{cell}|who"]) == {f"the loss|{replica}"}, "row 7 of 8"
+        assert arrays[f"{cell}|var/optimizer/iterations"][0] == 16
+
+
+@pytest.mark.parametrize("strategy", ["one_device", "mirrored:2"])
+def test_an_overflow_on_one_replica_halves_the_scale_once_for_all(strategy):
+    arrays = results(strategy, "float64", cells_of(strategy, "float64"))
+    cell = "mixed_float16_with_an_overflow_on_one_replica"
+    assert list(arrays[f"{cell}|skipped"]) == [5]
+    expected = [1024] * 4 + [512] * 6 + [1024] * 6 + [2048] * 4  # after each step
+    assert list(arrays[f"{cell}|scales"]) == expected
+    assert arrays[f"{cell}|var/optimizer/inner_optimizer/iterations"][0] == 19
+
+
+def test_sparse_gradients_are_in_the_matrix():
+    """The embedding table of the recurrent cell gets IndexedSlices from TensorFlow."""
+    import keras
+    import tensorflow as tf
+
+    layer = keras.layers.Embedding(5, 2)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(tf.constant([[1, 2]])))
+    assert isinstance(tape.gradient(loss, layer.embeddings.value), tf.IndexedSlices)
+    assert "recurrent_with_sparse_embedding_and_lion" in CELLS and SIXTEEN_BITS
+
+
+def test_replicas_draw_different_masks_in_stock_layers():
+    arrays = results("mirrored:2", "float64", cells_of("mirrored:2", "float64"))
+    one, other = (arrays[f"stock_dropout_differs_between_replicas|mask_{row}"] for row in (0, 1))
+    assert (one != other).sum() > 10 and 16 < one.sum() < 48 and 16 < other.sum() < 48

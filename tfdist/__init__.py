@@ -17,6 +17,7 @@ _HOMES = {
     "InputContext": "tfdist.strategies.base",
     "Trainer": "tfdist.train.trainer",
     "Config": "tfdist.config",
+    "verify": "tfdist.verification.run",
 }
 _MODULES = {"actions": "tfdist.train.actions", "models": "tfdist.models", "errors": "tfdist.errors"}
 __all__ = [*_HOMES, *_MODULES]

@@ -40,7 +40,7 @@ class ModelConfig:
     dropout: float = match(0.0)
     rope_theta: float = match(10000.0)
     recompute: bool = free(False)  # recompute each block's activations in the backward pass: less memory, more time
-    dtype: str = match("float32")  # float32 | mixed_bfloat16 | bfloat16 | float64
+    dtype: str = match("float32")  # float32 | mixed_bfloat16 | mixed_float16 | bfloat16 | float64
 
 
 @dataclasses.dataclass
@@ -69,6 +69,7 @@ class OptimizerConfig:
     beta_2: float = match(0.95)
     epsilon: float = match(1e-8)
     weight_decay: float = match(0.1)  # on matrices only: not on norms, biases and embeddings
+    ema_momentum: float = match(0.0)  # evaluate, sample and export with this moving average of the weights; 0: without
 
 
 @dataclasses.dataclass
@@ -79,6 +80,8 @@ class TrainConfig:
     steps_per_loop: int = free(20)  # at most this many steps in one compiled loop
     seed: int = match(0)
     clip_norm: float = match(1.0)  # global norm; 0 turns clipping off
+    label_smoothing: float = match(0.0)  # in training only: validation is the plain cross-entropy
+    z_loss: float = match(0.0)  # weight of log(Z)^2 of the softmax; in training only
     jit_compile: str = free("auto")  # auto | on | off
     init_from: str = free("")  # start from the weights of another workdir or a .keras file
     max_skipped_steps: int = free(20)  # this many non-finite steps in a row end the run
@@ -141,7 +144,7 @@ _CHOICES = {
     "model.positions": ("learned", "rotary"),
     "model.norm": ("layer", "rms"),
     "model.activation": ("gelu", "swiglu"),
-    "model.dtype": ("float32", "mixed_bfloat16", "bfloat16", "float64"),
+    "model.dtype": ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float64"),
     "data.tokenizer": ("bytes",),
     "train.jit_compile": ("auto", "on", "off"),
     "strategy.kind": ("auto", "one_device", "mirrored", "multi_worker", "parameter_server", "tpu"),
@@ -155,11 +158,12 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",
-    "optimizer.weight_decay", "train.clip_norm", "train.seed", "strategy.num_devices", "checkpoint.every_steps",
+    "optimizer.weight_decay", "train.clip_norm", "train.z_loss", "train.seed", "strategy.num_devices",
+    "checkpoint.every_steps",
     "checkpoint.keep_every_steps", "eval.every_steps", "eval.batch_size", "eval.max_steps", "log.sample_tokens",
     "strategy.bytes_per_pack", "strategy.communication_timeout_s",
 )  # fmt: skip
-_BELOW_ONE = ("model.dropout", "data.validation_fraction")
+_BELOW_ONE = ("model.dropout", "data.validation_fraction", "optimizer.ema_momentum", "train.label_smoothing")
 
 
 def flatten(config: Config) -> dict[str, Any]:

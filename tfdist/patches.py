@@ -4,13 +4,14 @@ Nothing here runs at import; callers apply an entry where they need it.
 """
 
 import contextlib
+import contextvars
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 
-@contextlib.contextmanager
-def component_variables(tf_strategy, variables: list[Any], replica: int):
+class ComponentVariables:
     """Inside, each Keras variable is its component on local replica `replica`: a plain, compilable resource variable.
 
     What: swaps `keras.Variable._value`.
@@ -18,28 +19,82 @@ def component_variables(tf_strategy, variables: list[Any], replica: int):
     whole optimizer update compiles and costs nothing over a one-device step. Traced per replica, one thread at a time.
     Upstream: Keras has no public way to bind a variable's value. Versions: Keras 3.10-3.15.
     """
-    whole = [variable._value for variable in variables]
+
+    def __init__(self, tf_strategy, variables: list[Any], replica: int):
+        self._variables = list(variables)
+        self._whole = [variable._value for variable in self._variables]
+        self._components = [tf_strategy.experimental_local_results(value)[replica] for value in self._whole]
+
+    def __enter__(self):
+        for variable, value in zip(self._variables, self._components, strict=True):
+            variable._value = value
+        return self
+
+    def __exit__(self, *_):
+        for variable, value in zip(self._variables, self._whole, strict=True):
+            variable._value = value
+
+    @contextlib.contextmanager
+    def suspended(self, model: keras.Layer):
+        """Around a collective in the middle of a forward or backward pass: there Mirrored goes on with the thread of the
+        next replica, which must find everything as this one found it. Also keeps the `add_loss` losses so far."""
+        losses = [(layer._losses, list(layer._losses)) for layer in all_layers(model)]
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+            for held, before in losses:
+                held[:] = before
+
+
+_moments_of_this_thread: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("moments", default=None)
+
+
+@contextlib.contextmanager
+def batch_norm_moments(moments: Callable):
+    """Inside, every BatchNormalization takes `moments(layer, inputs, mask)` for the mean and variance of its batch.
+
+    What: `BatchNormalization._moments`, once, by one that asks this thread: Mirrored traces its replicas in turns.
+    Why: `synchronized=True` weighs replicas alike and counts padding rows, a mask turns the synchronisation off, and a layer
+    made without it cannot be told later. Versions: Keras 3.10-3.15.
+    """
+    layer = keras.layers.BatchNormalization
+    if not hasattr(layer._moments, "without_tfdist"):
+        stock = layer._moments
+
+        def chosen(self, inputs, mask):
+            return (_moments_of_this_thread.get() or stock)(self, inputs, mask)
+
+        chosen.without_tfdist = stock
+        layer._moments = chosen
+    token = _moments_of_this_thread.set(moments)
     try:
-        for variable, value in zip(variables, whole, strict=True):
-            variable._value = tf_strategy.experimental_local_results(value)[replica]
         yield
     finally:
-        for variable, value in zip(variables, whole, strict=True):
-            variable._value = value
+        _moments_of_this_thread.reset(token)
 
 
 def apply_gradients(optimizer: keras.optimizers.Optimizer, gradients, variables) -> None:
     """One optimizer update from gradients that are already reduced and clipped. Call it on component variables.
 
-    What: `_apply_weight_decay`, `update_step`, moving averages, constraints and the iteration count, in Keras' order.
+    What: `_apply_weight_decay`, `_backend_update_step`, moving averages, constraints and the iteration count, in Keras'
+    order.
     Why: `Optimizer.apply` all-reduces the gradients again, clips before that reduce, and calls `merge_call`;
-    `update_step` alone (public) leaves out decay, averages and the count.
+    `update_step` alone (public) leaves out decay, averages, the count, and what Nadam does once per update.
     Upstream: https://github.com/keras-team/keras/issues/20582. Versions: Keras 3.10-3.15.
     """
+    inner = getattr(optimizer, "optimizers", None)
+    if inner is not None:  # MultiOptimizer (Keras 3.15)
+        of_variable = [optimizer._var_to_optimizer_idx[optimizer._var_key(variable)] for variable in variables]
+        for i, one in enumerate(inner):
+            mine = [place for place, index in enumerate(of_variable) if index == i]
+            if mine:
+                apply_gradients(one, [gradients[place] for place in mine], [variables[place] for place in mine])
+        optimizer.iterations.assign_add(1)
+        return
     _apply_weight_decay(optimizer, variables)
-    learning_rate = optimizer.learning_rate
-    for gradient, variable in zip(gradients, variables, strict=True):
-        optimizer.update_step(gradient, variable, learning_rate)
+    _update_steps(optimizer, gradients, variables)
     if optimizer.use_ema:
         _update_moving_averages(optimizer)
     for variable in variables:
@@ -50,19 +105,57 @@ def apply_gradients(optimizer: keras.optimizers.Optimizer, gradients, variables)
 
 def _apply_weight_decay(optimizer, variables) -> None:
     """Keras' decay without its TensorFlow override, which calls `merge_call`; an optimizer's own one (Muon) is kept."""
-    owners = [cls for cls in type(optimizer).__mro__ if "_apply_weight_decay" in vars(cls)]
-    own = next(cls for cls in owners if not cls.__module__.startswith("keras.src.backend.tensorflow"))
-    if own is not owners[-1] or optimizer.weight_decay is not None:
+    own = _without_tensorflow_override(optimizer, "_apply_weight_decay")
+    if own is not _owners(optimizer, "_apply_weight_decay")[-1] or optimizer.weight_decay is not None:
         own._apply_weight_decay(optimizer, variables)
+
+
+def _update_steps(optimizer, gradients, variables) -> None:
+    """Keras' updates of all variables; an optimizer's own way of doing that (Nadam) is kept, the TensorFlow override, which
+    reduces again and calls `merge_call`, is not."""
+    override, plain = _owners(optimizer, "_backend_update_step")[-2:]
+    reducing = override._backend_update_step
+    override._backend_update_step = plain._backend_update_step
+    try:
+        optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
+    finally:
+        override._backend_update_step = reducing
+
+
+def _owners(optimizer, method: str) -> list[type]:
+    """The classes that define it, the most derived first. Keras' plain one is last, its TensorFlow override before it."""
+    return [cls for cls in type(optimizer).__mro__ if method in vars(cls)]
+
+
+def _without_tensorflow_override(optimizer, method: str) -> type:
+    owners = _owners(optimizer, method)
+    return next(cls for cls in owners if not cls.__module__.startswith("keras.src.backend.tensorflow"))
 
 
 def _update_moving_averages(optimizer) -> None:
     optimizer._update_model_variables_moving_average(optimizer._trainable_variables)
     if optimizer.ema_overwrite_frequency:
         due = keras.ops.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
-        for variable, average in zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True):
-            if average is not None:
-                variable.assign(keras.ops.where(due, average, variable))
+        for variable, average in moving_averages(optimizer):
+            variable.assign(keras.ops.where(due, average, variable))
+
+
+def moving_averages(optimizer) -> list[tuple[keras.Variable, keras.Variable]]:
+    """(variable, its average) of an optimizer with `use_ema`.
+
+    What: `_model_variables_moving_average`. Why: no public name. Versions: Keras 3.10-3.15.
+    """
+    pairs = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True)
+    return [(variable, average) for variable, average in pairs if average is not None]
+
+
+def state_of_layers(layers: list[keras.Layer]) -> list[keras.Variable]:
+    """Weights that were made as not trainable: moving statistics, counters. Not those of a frozen layer.
+
+    What: `Layer._non_trainable_variables`. Why: `non_trainable_weights` lists frozen weights too. Versions: Keras 3.10-3.15.
+    """
+    found = {id(v): v for layer in layers for v in layer._non_trainable_variables}
+    return list(found.values())
 
 
 def all_layers(model: keras.Layer) -> list[keras.Layer]:

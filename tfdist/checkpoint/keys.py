@@ -26,7 +26,9 @@ def optimizer_keys(optimizer: keras.optimizers.Optimizer, model: keras.Layer) ->
     keys: dict[str, keras.Variable] = {}
     for attribute, value in sorted(vars(optimizer).items()):
         slot = attribute.strip("_")
-        if id(value) in own:
+        if isinstance(value, keras.optimizers.Optimizer):  # of a LossScaleOptimizer
+            keys |= {f"{slot}/{name}": v for name, v in optimizer_keys(value, model).items()}
+        elif id(value) in own:
             keys[slot] = value
         elif isinstance(value, list) and len(value) == len(trainable):
             keys |= {f"{slot}/{name}": v for name, v in zip(trainable, value, strict=True) if id(v) in own}

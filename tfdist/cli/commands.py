@@ -15,6 +15,7 @@ from tfdist.cli import job
 from tfdist.cli.processes import workdir_of
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token, resolve
+from tfdist.config import to_json
 from tfdist.errors import CheckpointError, UserError
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
@@ -24,6 +25,7 @@ from tfdist.models import count
 from tfdist.models.transformer import next_token_loss
 from tfdist.strategies import select, support
 from tfdist.train import actions, evaluate
+from tfdist.verification import run as verification
 
 _POLL_S = 1.0  # how often an evaluator looks for a new checkpoint
 
@@ -65,7 +67,8 @@ def train(flags) -> None:
     trainer.phase("finish")
     if not strategy.is_chief:
         return
-    text = _sample(config, trainer.model, workdir, trainer.step)
+    with trainer.averaged_weights():
+        text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
     program = "tfdist" if shutil.which("tfdist") else Path(sys.executable).parent / "tfdist"
@@ -117,6 +120,23 @@ def _sample(config, model, workdir: Workdir, step: int) -> str:
     workdir.samples.mkdir(exist_ok=True)
     write_atomically(workdir.samples / f"step-{step:08d}.txt", text)
     return text
+
+
+def verify(flags) -> None:
+    """The same training on several strategies, on this machine; exit code 7 if they differ."""
+    config = flags.config
+    if flags.dtype != "own":
+        config.model.dtype = flags.dtype
+    report = verification.verify_subject(
+        "tfdist.cli.job:verification_subject",
+        to_json(config),
+        strategies=flags.strategies,
+        num_steps=flags.steps,
+        dtype=flags.dtype,
+        tell=lambda line: print(line, flush=True),
+    )
+    print(f"\n{report}")
+    sys.exit(report.exit_code)
 
 
 def local_strategy(config):

@@ -16,11 +16,12 @@ from tfdist.data.input import eval_dataset_fn, train_dataset_fn
 from tfdist.errors import CheckpointError, DataError, UserError
 from tfdist.metrics import meters
 from tfdist.metrics.writers import TensorBoard, Terminal
-from tfdist.models.transformer import TransformerLM, next_token_loss
+from tfdist.models.transformer import TransformerLM, next_token_loss, training_loss
 from tfdist.optim.adamw import adamw
 from tfdist.strategies.base import DatasetFn, Strategy
-from tfdist.train.state import MODEL, load
+from tfdist.train.state import MODEL, averaged, load
 from tfdist.train.trainer import Trainer
+from tfdist.verification.subject import Subject
 
 
 def open_data(config: Config) -> shards.TokenDataset:
@@ -97,7 +98,8 @@ def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: W
         strategy,
         model,
         optimizer,
-        next_token_loss,
+        training_loss(config.train.label_smoothing, config.train.z_loss),
+        eval_loss=next_token_loss,
         clip_norm=config.train.clip_norm,
         accumulate_steps=config.train.accumulate_steps,
         steps_per_loop=config.train.steps_per_loop,
@@ -106,6 +108,24 @@ def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: W
         reduce_dtype=config.strategy.reduce_dtype,
         facts={"data_hash": data_hash, "config_hash": config_hash(config, data_hash)},
         writers=writers,
+    )
+
+
+def verification_subject(config_json: str) -> Subject:
+    """What `tfdist verify` trains on each strategy: the pieces of the config's run."""
+    config = from_json(config_json)
+    dataset = open_data(config)
+    return Subject(
+        model_fn=lambda: TransformerLM(config.model, config.data.sequence_length),
+        optimizer_fn=lambda model: adamw(config.optimizer, config.train.num_steps, model),
+        loss=training_loss(config.train.label_smoothing, config.train.z_loss),
+        dataset_fn=train_data(config, dataset),
+        options={
+            "clip_norm": config.train.clip_norm,
+            "accumulate_steps": config.train.accumulate_steps,
+            "seed": config.train.seed,
+            "jit_compile": config.train.jit_compile,
+        },
     )
 
 
@@ -166,7 +186,7 @@ def load_checkpoint(model: TransformerLM, found: store.Checkpoint, data_hash: st
             "task the same files (data.source)"
         )
     values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
-    load(values, {key: a for key, a in found.arrays().items() if key.startswith(MODEL)}, str(found.path), exact=False)
+    load(values, averaged(found.arrays()), str(found.path), exact=False)
     return found.step
 
 

@@ -15,6 +15,7 @@ from tfdist.cli.usage import fail, near
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, supervisor_fd
 from tfdist.cluster.spec import check_strategy
+from tfdist.verification.subject import DTYPES, NUM_STEPS, STRATEGIES
 
 USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
 
@@ -25,11 +26,12 @@ USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same ans
   tfdist launch   --workers=2 -- train --config=...              a cluster of processes on this machine
   tfdist launch   --workers=2 -- python script.py                the same for any TensorFlow program
   tfdist supervise -- python script.py                           one task of a cluster (TF_CONFIG, Slurm, Kubernetes)
+  tfdist verify   --config=configs/lm_tiny.py                    is this machine's training the same on every strategy?
   tfdist doctor                                                  what this machine, cluster and installation can do
 
 Any config value can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
 
-_RUN_COMMANDS = ("train", "eval", "generate", "export")  # on a config or a workdir
+_RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
 _COMMANDS = (*_RUN_COMMANDS, "launch", "supervise", "doctor")
 
 
@@ -58,6 +60,14 @@ def _define_flags(command: str, argv: list[str]) -> None:
     for name in _given_overrides(argv):
         if name not in config.field_names():
             fail(f"unknown config key {name!r}{near(name, config.field_names())}")
+    if command == "verify":
+        config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
+        flags.DEFINE_list(
+            "strategies", list(STRATEGIES), "what to compare with one_device: mirrored:2, multi_worker:2x1, ..."
+        )
+        flags.DEFINE_integer("steps", NUM_STEPS, "how many steps to compare", lower_bound=1)
+        flags.DEFINE_enum("dtype", "float64", DTYPES, "instead of model.dtype; own: as the config says")
+        return
     flags.DEFINE_string("workdir", "" if command == "train" else None, "the folder of the run")
     if command == "train":
         config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
@@ -105,13 +115,13 @@ def _parse(command: str, argv: list[str]) -> list[str]:
         print(_help(command))
         sys.exit(errors.DONE)
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    if command == "train" and given and not os.path.isfile(given[-1]):
+    if command in ("train", "verify") and given and not os.path.isfile(given[-1]):
         fail(f"--config: expected a Python file with get_config(), found no file {given[-1]!r}")
     try:
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
             fail(f"unexpected argument {positional[1]!r}; flags look like --name=value")
-        if flags.FLAGS.workdir is None:
+        if "workdir" in flags.FLAGS and flags.FLAGS.workdir is None:
             fail("expected --workdir=FOLDER, found none")
         if flags.FLAGS.config is None:
             fail("expected --config=FILE.py, found none; for example --config=configs/lm_tiny.py")

@@ -269,3 +269,30 @@ def next_token_loss(labels, logits):
     if logits.dtype != tf.float64:
         logits = tf.cast(logits, tf.float32)
     return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+
+
+def training_loss(label_smoothing: float = 0.0, z_loss: float = 0.0):
+    """`next_token_loss` with regularisation; without any, that very function.
+
+    label_smoothing: the share of the target that is spread over the vocabulary (arXiv:1512.00567).
+    z_loss: weight of the squared logarithm of the softmax' denominator (arXiv:2204.02311), which keeps it near 1.
+    """
+    if not label_smoothing and not z_loss:
+        return next_token_loss
+
+    def loss(labels, logits):
+        if logits.dtype != tf.float64:
+            logits = tf.cast(logits, tf.float32)
+        log_z = tf.reduce_logsumexp(logits, axis=-1)
+        value = (1 - label_smoothing) * next_token_loss(labels, logits)
+        if label_smoothing:
+            value += label_smoothing * (log_z - tf.reduce_mean(logits, axis=-1))
+        return value + z_loss * tf.square(log_z) if z_loss else value
+
+    return loss
+
+
+def token_accuracy(labels, logits):
+    """Whether the likeliest token is the right one, 1.0 or 0.0. labels [B, T], logits [B, T, V] -> [B, T]."""
+    right = tf.equal(tf.cast(labels, tf.int64), tf.argmax(logits, axis=-1))
+    return tf.cast(right, tf.float64 if logits.dtype == tf.float64 else tf.float32)

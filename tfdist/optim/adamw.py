@@ -24,6 +24,8 @@ def adamw(config: OptimizerConfig, num_steps: int, model: keras.Model) -> keras.
         beta_1=config.beta_1,
         beta_2=config.beta_2,
         epsilon=config.epsilon,
+        use_ema=config.ema_momentum > 0,
+        ema_momentum=config.ema_momentum or 0.99,
     )
     optimizer.exclude_from_weight_decay(var_list=without_decay(model))
     return optimizer

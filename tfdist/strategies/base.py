@@ -36,8 +36,9 @@ class Batch(NamedTuple):
 
     x: Any  # nest of [M, c, ...]
     y: Any  # nest of [M, c, ...]
-    weight: tf.Tensor  # [M, c, ...] float; 0 for rows that are padding
+    weight: Any  # [M, c, ...] float, or a dict of them; 0 for rows that are padding
     first_row: tf.Tensor  # [M] int64: index within the global batch of each micro-batch's row 0
+    rows: tf.Tensor  # [M] int32: how many of the c rows of each micro-batch are real; padding comes after them
     valid: tf.Tensor  # scalar bool: False once the input has ended
 
 

@@ -2,6 +2,7 @@
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from tfdist import patches
 from tfdist.errors import UserError
@@ -11,9 +12,7 @@ YES = ""  # any other text is the reason why not
 
 STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer", "TPU")
 _LATER = "not there yet"
-_BATCH_NORM = (
-    "its statistics are neither synchronised over replicas nor masked for padding rows yet; freeze it (trainable=False)"
-)
+_INSIDE = "a norm, and the averages, are of all variables; pass Trainer(clip_norm=...)"
 
 # feature -> strategy -> YES or the reason
 TABLE: dict[str, dict[str, str]] = {
@@ -39,8 +38,9 @@ TABLE: dict[str, dict[str, str]] = {
         ("mixed_bfloat16", YES, YES),
         ("EMA of the optimizer", YES, YES),
         ("gradients reduced in bfloat16 (not equal to one device)", "one device reduces nothing", YES),
-        ("batch normalisation", _BATCH_NORM, _BATCH_NORM),
-        ("loss scaling (mixed_float16)", "dynamic loss scaling is " + _LATER, "dynamic loss scaling is " + _LATER),
+        ("batch normalisation", YES, YES),
+        ("loss scaling (mixed_float16)", YES, YES),
+        ("clipping or EMA inside of a MultiOptimizer", _INSIDE, _INSIDE),
     )
 }
 
@@ -54,24 +54,32 @@ def refuse(feature: str, strategy: str) -> None:
         raise UserError(f"{feature} on {strategy}: {reason}{hint}")
 
 
+def with_loss_scale(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """A model that computes in float16 needs a loss scale: wraps an optimizer without one, as Keras' `compile` does. Call
+    it under the strategy's scope."""
+    half = any(layer.compute_dtype == "float16" for layer in patches.all_layers(model))
+    if not half or isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
+        return optimizer
+    logging.info(
+        "the model computes in float16: its optimizer gets a dynamic loss scale (keras.optimizers.LossScaleOptimizer)"
+    )
+    return keras.optimizers.LossScaleOptimizer(optimizer)
+
+
 def check(strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, clip_norm: float) -> None:
     """Raises `UserError` for what the table refuses and for settings that contradict each other."""
-    name = type(strategy).__name__
-    if any(_is_batch_norm(layer) and layer.trainable for layer in patches.all_layers(model)):
-        refuse("batch normalisation", name)
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
-        refuse("loss scaling (mixed_float16)", name)
-    if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
-        raise UserError(
-            "optimizer: use_ema without ema_overwrite_frequency would have no effect here; give it a frequency, or leave "
-            "use_ema out"
-        )
-    if optimizer.gradient_accumulation_steps:
-        raise UserError(
-            f"optimizer: gradient_accumulation_steps={optimizer.gradient_accumulation_steps} counts batches, tfdist "
-            "splits each global batch; leave it out and pass Trainer(accumulate_steps=...)"
-        )
-    own_clip = optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue
+    updating = getattr(optimizer, "inner_optimizer", optimizer)
+    several = getattr(updating, "optimizers", [])
+    for one in several:
+        if one.clipnorm or one.global_clipnorm or one.clipvalue or one.use_ema:
+            refuse("clipping or EMA inside of a MultiOptimizer", type(strategy).__name__)
+    for one in (updating, *several):
+        if one.gradient_accumulation_steps:
+            raise UserError(
+                f"optimizer: gradient_accumulation_steps={one.gradient_accumulation_steps} counts batches, tfdist "
+                "splits each global batch; leave it out and pass Trainer(accumulate_steps=...)"
+            )
+    own_clip = updating.clipnorm or updating.global_clipnorm or updating.clipvalue
     if clip_norm and own_clip:
         raise UserError(
             f"clipping: expected one setting, found clip_norm={clip_norm} and the optimizer's own ({own_clip}); "
@@ -90,10 +98,6 @@ def jit_compile(setting: str, model: keras.Model) -> bool:
     on_cpu = not tf.config.list_physical_devices("GPU")
     sixteen_bits = any("16" in layer.compute_dtype for layer in patches.all_layers(model))
     return not (on_cpu and sixteen_bits)
-
-
-def _is_batch_norm(layer: keras.Layer) -> bool:
-    return isinstance(layer, keras.layers.BatchNormalization)
 
 
 def markdown() -> str:

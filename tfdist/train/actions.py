@@ -50,10 +50,12 @@ class Log:
         for i, step in enumerate(range(turn.first_step + 1, turn.step + 1)):
             outputs = {name: float(values[i]) for name, values in turn.outputs.items()}
             if outputs["skipped"]:
-                trainer.write({"kind": "event", "name": "skip_step", "step": step, "loss": outputs["loss"]})
+                what, replica = trainer.first_not_finite(outputs)
+                row = {"kind": "event", "name": "skip_step", "step": step, "loss": outputs["loss"]}
+                trainer.write(row | {"not_finite": what, "replica": replica})
             if step % self.every_steps:
                 continue
-            trainer.write({
+            row = {
                 "kind": "train",
                 "step": step,
                 "loss": outputs["loss"],
@@ -65,7 +67,8 @@ class Log:
                 "step_time_s": turn.seconds / done,
                 "data_wait_s": outputs["data_wait_s"],
                 "mfu": mfu,
-            })  # fmt: skip
+            }
+            trainer.write(row | ({"loss_scale": outputs["loss_scale"]} if "loss_scale" in outputs else {}))
 
 
 class Evaluate(Every):
@@ -98,7 +101,8 @@ def evaluation_row(step: int, result: EvalResult, bytes_per_token: float = 0.0) 
         "perplexity": result.perplexity,
         "tokens": result.tokens,
     }
-    return row | ({"bits_per_byte": result.bits_per_byte(bytes_per_token)} if bytes_per_token else {})
+    bits = {"bits_per_byte": result.bits_per_byte(bytes_per_token)} if bytes_per_token else {}
+    return row | bits | dict(result.metrics)
 
 
 class Checkpoint(Every):
@@ -156,6 +160,11 @@ class StopIfNotFinite:
                 trainer.strategy.barrier()  # the first one to leave ends the group, also while the chief still saves
                 raise NotFiniteError(
                     f"the loss or the gradients were not finite for {self.in_a_row} steps in a row, up to step "
-                    f"{turn.first_step + i + 1}; no variable was changed by them. Lower the learning rate, or look at "
-                    "the data of these steps"
+                    f"{turn.first_step + i + 1}, there first {_first_not_finite(trainer, turn, i)}; no variable was changed "
+                    "by them. Lower the learning rate, or look at the data of these steps"
                 )
+
+
+def _first_not_finite(trainer: "Trainer", turn: Turn, i: int) -> str:
+    what, replica = trainer.first_not_finite({name: float(values[i]) for name, values in turn.outputs.items()})
+    return f"{what} on replica {replica}" if replica >= 0 else f"{what}, summed over the replicas"

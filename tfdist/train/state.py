@@ -1,22 +1,26 @@
 """Everything that training changes: the model, the optimizer, and how many global batches have been consumed."""
 
+import functools
 from collections.abc import Mapping
 
 import keras
 import numpy as np
 
+from tfdist import patches
 from tfdist.checkpoint import keys
 from tfdist.errors import CheckpointError, UserError
 from tfdist.strategies.base import Strategy
+from tfdist.train import batch_norm
 
 MODEL = "model/"
+_AVERAGES = "model_variables_moving_average/"
 
 
 class TrainState:
     """Built under the strategy's scope. `step` counts global batches consumed, skipped ones included."""
 
     def __init__(self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer):
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self._strategy = model, optimizer, strategy.tf_strategy
         created_here = strategy.tf_strategy.extended.variable_created_in_scope
         strange = [v.path for v in [*model.variables, *optimizer.variables] if not created_here(v.value)]
         if strange:
@@ -26,17 +30,59 @@ class TrainState:
             )
         with strategy.scope():
             if not optimizer.built:
-                optimizer.build(model.trainable_variables)
+                try:
+                    optimizer.build(model.trainable_variables)
+                except RuntimeError as error:
+                    if "Mixing different" not in str(error):
+                        raise
+                    raise UserError(
+                        "expected an optimizer made under its scope (`with strategy.scope():`), found one, or one inside of "
+                        "it, made outside"
+                    ) from error
             self.step = keras.Variable(0, dtype="int64", trainable=False, aggregation="only_first_replica", name="step")
 
     @property
     def trainable(self) -> list[keras.Variable]:
         return self.model.trainable_variables
 
-    @property
+    @functools.cached_property
     def written_by_forward(self) -> list[keras.Variable]:
-        """Weights that are no one's gradient's: moving statistics, counters of a user's layer."""
-        return self.model.non_trainable_weights
+        """Weights that are no one's gradient's: moving statistics, counters of a user's layer. Not frozen ones."""
+        return patches.state_of_layers(patches.all_layers(self.model))
+
+    @functools.cached_property
+    def batch_norms(self) -> list[keras.layers.BatchNormalization]:
+        return batch_norm.layers_of(self.model)
+
+    @property
+    def updating(self) -> keras.optimizers.Optimizer:
+        """The optimizer that updates: the one inside of a LossScaleOptimizer."""
+        return getattr(self.optimizer, "inner_optimizer", self.optimizer)
+
+    @property
+    def learning_rate(self):
+        """Of the next update; of the first one of several optimizers."""
+        return getattr(self.updating, "optimizers", [self.updating])[0].learning_rate
+
+    @property
+    def averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """(variable, its moving average) where evaluation uses the average: `use_ema` that never overwrites the variable."""
+        uses_them = self.updating.use_ema and not self.updating.ema_overwrite_frequency
+        return patches.moving_averages(self.updating) if uses_them else []
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer has updated; a skipped step is none."""
+        return int(self.optimizer.iterations.numpy())
+
+    def swap_averages(self) -> None:
+        """Exchanges the variables with their moving averages, on every replica of this process. Twice changes nothing."""
+        for variable, average in self.averages:
+            copies = zip(*map(self._strategy.experimental_local_results, (variable.value, average.value)), strict=True)
+            for one, other in copies:
+                held = one.read_value()
+                one.assign(other)
+                other.assign(held)
 
     @property
     def layer_seeds(self) -> list[keras.Variable]:
@@ -77,3 +123,13 @@ def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray],
         raise CheckpointError(f"checkpoint: {origin} does not fit the model: {'; '.join(problems[:5])}{more}")
     for key, variable in values.items():
         variable.assign(arrays[key])
+
+
+def averaged(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The weights of a checkpoint, for evaluation: the moving averages, where the optimizer keeps them and has updated."""
+    weights = {key: array for key, array in arrays.items() if key.startswith(MODEL)}
+    for key, array in arrays.items():
+        before, found, name = key.partition(_AVERAGES)
+        if found and arrays[f"{before}iterations"]:
+            weights[MODEL + name] = array
+    return weights

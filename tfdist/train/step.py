@@ -4,6 +4,7 @@ clip, update."""
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -11,10 +12,9 @@ from tfdist import patches
 from tfdist.errors import UserError
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.strategies.base import Batch, ReplicaStep, Strategy
+from tfdist.train import batch_norm, forward_state, loss_scale
+from tfdist.train.loss import Loss, combined, output_weights
 from tfdist.train.state import TrainState
-
-# loss(y_true, y_pred) -> one value per element, [rows, ...], not reduced
-LossFn = Callable[[object, object], tf.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,53 +25,75 @@ class StepOptions:
     jit_compile: bool = True  # XLA for forward and backward, and for the update; never for collectives
 
 
-def make_train_step(strategy: Strategy, state: TrainState, loss_fn: LossFn, options: StepOptions) -> ReplicaStep:
-    """Returns the step that `Strategy.make_steps` loops over. Call it under the strategy's scope."""
+class Replica(NamedTuple):
+    """Which one computes."""
 
-    def step_of(replica: int) -> Callable[[Batch], dict[str, tf.Tensor]]:
-        def on_components(fn):
+    local: int  # among those of this process
+    index: int  # among all
+    count: int
+
+
+def make_train_step(strategy: Strategy, state: TrainState, loss: Loss, options: StepOptions) -> ReplicaStep:
+    """Returns the step that `Strategy.make_steps` loops over. Call it under the strategy's scope."""
+    communicates = strategy.num_replicas > 1 and bool(state.batch_norms)
+
+    def step_of(local: int) -> Callable[[Batch], dict[str, tf.Tensor]]:
+        replica = Replica(local, strategy.first_replica + local, strategy.num_replicas)
+        components = patches.ComponentVariables(strategy.tf_strategy, state.variables, local)
+        suspended = (lambda: components.suspended(state.model)) if communicates else None
+
+        def on_components(fn, jit_compile: bool):
             def bound(*args):
-                with patches.component_variables(strategy.tf_strategy, state.variables, replica):
+                with components:
                     return fn(*args)
 
-            return tf.function(bound, jit_compile=True, autograph=False) if options.jit_compile else bound
+            return tf.function(bound, jit_compile=True, autograph=False) if jit_compile else bound
 
-        @on_components
-        def local_sums(batch: Batch):
+        def forward_backward(batch: Batch, totals):
             before = [tf.identity(variable.value) for variable in state.written_by_forward]
-            gradients, stats = accumulate(state, loss_fn, batch, options.seed, strategy.first_replica + replica)
+            gradients, stats = accumulate(state, loss, batch, totals, options.seed, replica, suspended)
             if strategy.num_workers > 1:  # a worker without rows computes on zeros, where a gradient may be 0 x infinity
-                gradients = [None if g is None else tf.where(stats[1] > 0, g, tf.zeros_like(g)) for g in gradients]
-            return gradients, stats, before
+                gradients = [None if g is None else tf.where(stats[4] > 0, g, tf.zeros_like(g)) for g in gradients]
+            written = []
+            if replica.count > 1:
+                written = forward_state.contributions(state.written_by_forward, before, stats[4], replica.index == 0)
+            return gradients, stats, written, before
 
-        @on_components
-        def update(gradients, stats, before):
-            return apply_sums(state, gradients, stats, before, options)
+        # where the forward pass itself reduces over the replicas, a compiled function cannot hold it
+        local_sums = on_components(forward_backward, options.jit_compile and not communicates)
+        apply = on_components(lambda *sums: apply_sums(state, *sums, options, replica), options.jit_compile)
+        # not with the gradients in one function: XLA would compute each of them twice
+        not_finite = on_components(lambda *sums: not_finite_here(*sums, replica), options.jit_compile)
 
         def train_step(batch: Batch, stop: tf.Tensor) -> dict[str, tf.Tensor]:
-            gradients, stats, before = local_sums(batch)
+            totals = output_weights(loss, batch.weight)
+            if totals is not None and replica.count > 1:
+                (totals,) = all_reduce([totals])
+            gradients, stats, written, before = local_sums(batch, totals)
             connected = [gradient for gradient in gradients if gradient is not None]
             if not connected:
                 raise UserError("expected a loss that depends on the model's trainable variables, found no gradient at all")
-            stats = tf.concat([stats, tf.cast(stop, stats.dtype)[None]], 0)
-            *reduced, stats = all_reduce([*connected, stats], options.reduce_dtype)
-            return update(restore_gaps(reduced, gradients), stats[:-1], before) | {"stop": stats[-1] > 0}
+            codes = not_finite(gradients, stats[0]) if replica.count > 1 else tf.zeros([0], stats.dtype)
+            stats = tf.concat([stats, codes, tf.cast(stop, stats.dtype)[None]], 0)
+            reduced = all_reduce([*connected, *written, stats], options.reduce_dtype, narrow=len(connected))
+            *reduced, stats = reduced
+            gradients, written = restore_gaps(reduced[: len(connected)], gradients), reduced[len(connected) :]
+            return apply(gradients, stats[:-1], written, before) | {"stop": stats[-1] > 0}
 
         return train_step
 
-    replicas = [step_of(replica) for replica in range(strategy.local_replicas())]
-    return lambda batch, stop, replica: replicas[replica](batch, stop)
+    replicas = [step_of(local) for local in range(strategy.local_replicas())]
+    return lambda batch, stop, local: replicas[local](batch, stop)
 
 
-def all_reduce(tensors: list[tf.Tensor], gradient_dtype: str = "") -> list[tf.Tensor]:
-    """Sums over all replicas. One collective for each dtype, and all in one if they share it; the last tensor is never
-    cast."""
-    narrow = [tf.cast(t, gradient_dtype) for t in tensors[:-1]] if gradient_dtype else tensors[:-1]
-    narrow = [*narrow, tensors[-1]]
+def all_reduce(tensors: list[tf.Tensor], gradient_dtype: str = "", narrow: int = 0) -> list[tf.Tensor]:
+    """Sums over all replicas. One collective for each dtype, and all in one if they share it. The first `narrow` tensors
+    cross the network in `gradient_dtype`, if that is given."""
+    sent = [tf.cast(t, gradient_dtype) if gradient_dtype and i < narrow else t for i, t in enumerate(tensors)]
     reduced: list = [None] * len(tensors)
-    for dtype in dict.fromkeys(t.dtype for t in narrow):
-        places = [i for i, t in enumerate(narrow) if t.dtype == dtype]
-        sums = tf.distribute.get_replica_context().all_reduce("SUM", [narrow[i] for i in places])
+    for dtype in dict.fromkeys(t.dtype for t in sent):
+        places = [i for i, t in enumerate(sent) if t.dtype == dtype]
+        sums = tf.distribute.get_replica_context().all_reduce("SUM", [sent[i] for i in places])
         for i, total in zip(places, sums, strict=True):
             reduced[i] = tf.cast(total, tensors[i].dtype)
     return reduced
@@ -86,16 +108,39 @@ def restore_gaps(reduced: list, gradients: list) -> list:
 # ---- forward and backward ----
 
 
-def accumulate(state: TrainState, loss_fn: LossFn, batch: Batch, seed: int, replica: int):
-    """Sums over the micro-batches: gradients (None where there is none), and stats [loss, weight, tokens, valid]."""
-    micro_batches = batch.first_row.shape[0]
+class MicroBatch(NamedTuple):
+    """Micro-batch m of a `Batch`."""
+
+    x: Any
+    y: Any
+    weight: Any
+    first_row: tf.Tensor
+    rows: tf.Tensor
+    m: Any
+
+
+def accumulate(
+    state: TrainState, loss: Loss, batch: Batch, totals, seed: int, replica: Replica, suspended=None
+) -> tuple[list, tf.Tensor]:  # fmt: skip
+    """Sums over the micro-batches: gradients (None where there is none), and stats [loss, weight, tokens, valid, rows].
+
+    `suspended`: the forward pass communicates, inside this context.
+    """
+    micro_batches, places = batch.first_row.shape[0], tf.nest.flatten(batch.weight)[0].shape[1]
 
     def micro_batch(m):
-        part = tf.nest.map_structure(lambda t: t[m], (batch.x, batch.y, batch.weight, batch.first_row))
-        return gradient_sums(state, loss_fn, *part, seed, m, replica)
+        part = tf.nest.map_structure(lambda t: t[m], (batch.x, batch.y, batch.weight, batch.first_row, batch.rows))
+        part = MicroBatch(*part, m)
+        with batch_norm.over_replicas(state.batch_norms, part.rows, places, suspended):
+            return gradient_sums(state, loss, part, totals, seed, replica)
 
     gradients, stats = micro_batch(0)
-    if micro_batches > 1:
+    if suspended:  # a loop of the graph cannot hold the collectives
+        for m in range(1, micro_batches):
+            more, more_stats = micro_batch(m)
+            gradients = [None if a is None else a + b for a, b in zip(gradients, more, strict=True)]
+            stats += more_stats
+    elif micro_batches > 1:
         connected = [gradient for gradient in gradients if gradient is not None]
 
         def add(m, sums, stats):
@@ -107,43 +152,43 @@ def accumulate(state: TrainState, loss_fn: LossFn, batch: Batch, seed: int, repl
             lambda m, *_: m < micro_batches, add, (1, connected, stats), maximum_iterations=micro_batches - 1
         )
         gradients = restore_gaps(connected, gradients)
-    valid = tf.cast(batch.valid, stats.dtype)
-    return gradients, tf.concat([stats, valid[None]], 0)
+    rest = [tf.cast(batch.valid, stats.dtype), tf.cast(tf.reduce_sum(batch.rows), stats.dtype)]
+    return gradients, tf.concat([stats, rest], 0)
 
 
-def gradient_sums(state: TrainState, loss_fn: LossFn, x, y, weight, first_row, seed: int, m, replica: int):
+def gradient_sums(
+    state: TrainState, loss: Loss, part: MicroBatch, totals, seed: int, replica: Replica
+) -> tuple[list, tf.Tensor]:  # fmt: skip
     """One micro-batch: the gradient of the weighted loss sum, and [loss sum, weight sum, tokens]."""
     model, step = state.model, state.step.value
-    set_layer_seeds(state, seed, step, m, replica)
+    set_layer_seeds(state, seed, step, part.m, replica.index)
     variables = [variable.value for variable in model.trainable_variables]
     with tf.GradientTape() as tape:
-        with sample_position(SamplePosition(seed, step, first_row)):
-            predicted = model(x, training=True)
-        loss_sum, weight_sum, tokens = weighted_loss(loss_fn, y, predicted, weight)
+        with sample_position(SamplePosition(seed, step, part.first_row)):
+            predicted = model(part.x, training=True)
+        loss_sum, weight_sum, tokens = combined(loss, part.y, predicted, part.weight, totals)
         if model.losses:  # weighted by this share's weight, so that the division leaves them counted once
             loss_sum += tf.cast(tf.add_n(model.losses), loss_sum.dtype) * weight_sum
-    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss_sum, variables)]
+        scale = loss_scale.of_a_sum(state.optimizer, part.y, replica.count)
+        scaled = loss_sum if scale is None else loss_sum * tf.cast(scale, loss_sum.dtype)
+    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, variables)]
+    if scale is not None:
+        gradients = [None if g is None else g / tf.cast(scale, g.dtype) for g in gradients]
     return gradients, tf.stack([loss_sum, weight_sum, tokens])
 
 
-def weighted_loss(loss_fn: LossFn, y, predicted, weight) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """sum(loss x weight), sum(weight), number of elements with weight. Raises `ValueError` for a reduced loss."""
-    loss = tf.convert_to_tensor(loss_fn(y, predicted))
-    if loss.shape.rank == 0:
-        raise UserError(
-            "loss: expected one value per element (shape [rows, ...]), found a scalar; for a Keras loss pass "
-            "reduction='none', tfdist does the reduction over the global batch"
-        )
-    if weight.shape.rank > loss.shape.rank:
-        raise UserError(f"weight: expected at most the loss's shape {loss.shape}, found {weight.shape}")
-    if loss.dtype.size < 4:  # sums and counts in 16 bits would be rounded
-        loss = tf.cast(loss, tf.float32)
-    weight = tf.cast(weight, loss.dtype)
-    weight = tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (loss.shape.rank - weight.shape.rank)], 0))
-    weight = tf.broadcast_to(weight, tf.shape(loss))
-    loss = tf.where(weight > 0, loss, tf.zeros_like(loss))  # where nothing counts, an infinite loss does not either
-    tokens = tf.reduce_sum(tf.cast(weight > 0, loss.dtype))
-    return tf.reduce_sum(loss * weight), tf.reduce_sum(weight), tokens
+def not_finite_here(gradients: list, loss_sum: tf.Tensor, replica: Replica) -> tf.Tensor:
+    """`first_not_finite` of this replica's own sums at its place among all replicas, 0 elsewhere. Sum it over them."""
+    code = first_not_finite(loss_sum, gradients)
+    return tf.one_hot(replica.index, replica.count, dtype=loss_sum.dtype) * tf.cast(code, loss_sum.dtype)
+
+
+def first_not_finite(loss: tf.Tensor, gradients: list) -> tf.Tensor:
+    """0: all finite; 1: the loss is not; 2 + i: the gradient of trainable variable i is the first that is not."""
+    places = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    finite = tf.stack([tf.reduce_all(tf.math.is_finite(t)) for t in (loss, *(gradients[i] for i in places))])
+    codes = tf.constant([1, *(2 + i for i in places)], tf.int32)
+    return tf.where(tf.reduce_all(finite), 0, tf.gather(codes, tf.argmin(tf.cast(finite, tf.int32))))
 
 
 def set_layer_seeds(state: TrainState, seed: int, step, m, replica: int) -> None:
@@ -161,35 +206,51 @@ def set_layer_seeds(state: TrainState, seed: int, step, m, replica: int) -> None
 
 
 def apply_sums(
-    state: TrainState, gradients: list, stats: tf.Tensor, before: list, options: StepOptions
+    state: TrainState, gradients: list, stats: tf.Tensor, written: list, before: list, options: StepOptions, replica: Replica
 ) -> dict[str, tf.Tensor]:  # fmt: skip
     """Divide, check, clip, update. The input is reduced, so every replica does the same.
 
-    A step without weight, or with a gradient that is not finite, changes nothing but the step count: what the forward
-    pass wrote (moving statistics) is put back to its value `before`.
+    A step without weight, or with a gradient that is not finite, changes nothing but the step count and the loss scale:
+    what the forward pass wrote (moving statistics) is put back to its value `before`.
     """
-    loss_sum, weight, tokens, valid = tf.unstack(stats)
+    (loss_sum, weight, tokens, valid, rows), codes = tf.unstack(stats[:5]), stats[5:]
     divisor = tf.where(weight > 0, weight, tf.ones_like(weight))
     loss = loss_sum / divisor
-    pairs = [(g / tf.cast(divisor, g.dtype), v) for g, v in zip(gradients, state.trainable, strict=True) if g is not None]
+    gradients = [None if g is None else g / tf.cast(divisor, g.dtype) for g in gradients]
+    not_finite = first_not_finite(loss, gradients)
+    finite = tf.equal(not_finite, 0)
+    pairs = [(g, v) for g, v in zip(gradients, state.trainable, strict=True) if g is not None]
     gradients, variables = [g for g, _ in pairs], [v for _, v in pairs]
-    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(t)) for t in (loss, *gradients)])
     norm = global_norm(gradients)
-    gradients = clip(gradients, norm, state.optimizer, options.clip_norm)
-    learning_rate = tf.convert_to_tensor(state.optimizer.learning_rate)
+    gradients = clip(gradients, norm, state.updating, options.clip_norm)
+    learning_rate = tf.convert_to_tensor(state.learning_rate)
     applied = tf.logical_and(finite, weight > 0)
     apply_if(applied, state, gradients, variables, compiled=options.jit_compile)
-    for variable, value in zip(state.written_by_forward, before, strict=True):
-        variable.assign(tf.where(applied, variable.value, value))
+    after = [variable.value for variable in state.written_by_forward]
+    if replica.count > 1:
+        after = forward_state.agreed(state.written_by_forward, before, written, rows)
+    for variable, value, old in zip(state.written_by_forward, after, before, strict=True):
+        variable.assign(tf.where(applied, value, old))
+    loss_scale.adjust(state.optimizer, finite, counts=weight > 0)
     state.step.assign(state.step.value + tf.cast(valid > 0, tf.int64))
-    return {
+    where, who = tf.cast(not_finite, stats.dtype), tf.zeros([], stats.dtype)
+    if replica.count > 1:  # a replica's own sums; if all of those were finite, it is the sum over them that is not
+        bad = codes > 0
+        first = tf.argmax(tf.cast(bad, tf.int32))
+        where = tf.where(tf.reduce_any(bad), tf.gather(codes, first), where)  # a slice would compile anew for each value
+        who = tf.where(tf.reduce_any(bad), tf.cast(first, stats.dtype), -1)
+    outputs = {
         "loss": loss,
         "grad_norm": norm,
         "learning_rate": learning_rate,
         "tokens": tokens,
         "skipped": tf.logical_and(valid > 0, tf.logical_not(finite)),
+        "not_finite": tf.where(finite, tf.zeros_like(where), where),
+        "not_finite_replica": who,
         "valid": valid > 0,
     }
+    scale = loss_scale.of(state.optimizer)
+    return outputs if scale is None else outputs | {"loss_scale": scale}
 
 
 def global_norm(gradients: list) -> tf.Tensor:
@@ -222,12 +283,12 @@ def apply_if(applied: tf.Tensor, state: TrainState, gradients: list, variables: 
     if not compiled:
         tf.cond(
             applied,
-            lambda: [patches.apply_gradients(state.optimizer, gradients, variables), tf.constant(0)][1],
+            lambda: [patches.apply_gradients(state.updating, gradients, variables), tf.constant(0)][1],
             lambda: tf.constant(0),
         )
         return
-    changing = [*variables, *state.optimizer.variables]
+    changing = [*variables, *state.updating.variables]
     before = [tf.identity(variable.value) for variable in changing]
-    patches.apply_gradients(state.optimizer, gradients, variables)
+    patches.apply_gradients(state.updating, gradients, variables)
     for variable, value in zip(changing, before, strict=True):
         variable.assign(tf.where(applied, variable.value, value))

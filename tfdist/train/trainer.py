@@ -1,5 +1,6 @@
 """Any Keras model, any `tf.data`, any loss, on any strategy."""
 
+import contextlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tfdist.metrics.writers import JsonLines, Terminal, Writer
 from tfdist.strategies import support
 from tfdist.strategies.base import DatasetFn, Strategy
 from tfdist.train import evaluate, loop, step
+from tfdist.train.loss import Loss, LossFn
 from tfdist.train.signals import StopRequest
 from tfdist.train.state import TrainState, load
 
@@ -28,7 +30,11 @@ class Trainer:
 
     Args:
         strategy: the model and the optimizer must have been made under its `scope()`.
-        loss: `loss(y_true, y_pred)` -> one value per element, [rows, ...], not reduced.
+        loss: `loss(y_true, y_pred)` -> one value per element, [rows, ...], not reduced. For a model whose outputs are a
+            dict, a dict of them: the sum of each output's own weighted mean is minimised.
+        eval_loss: of `evaluate`, where that is another one (training with label smoothing); default: `loss`.
+        metrics: more for `evaluate`, by name: functions like a loss, with one value per element, weighted as the loss is.
+            "OUTPUT/NAME" for one output of several.
         clip_norm: global norm of the reduced gradient; 0 turns it off.
         accumulate_steps: micro-batches per optimizer step; each dataset element is split into that many blocks.
         steps_per_loop: at most this many steps in one compiled loop.
@@ -44,11 +50,14 @@ class Trainer:
     """
 
     def __init__(
-        self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: step.LossFn, *,
+        self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Loss, *,
+        eval_loss: Loss | None = None, metrics: Mapping[str, LossFn] | None = None,
         clip_norm: float = 0.0, accumulate_steps: int = 1, steps_per_loop: int = 20, seed: int = 0,
         jit_compile: str = "auto", reduce_dtype: str = "float32", facts: Mapping[str, Any] | None = None,
         writers: Sequence[Writer] | None = None,
     ):  # fmt: skip
+        with strategy.scope():
+            optimizer = support.with_loss_scale(model, optimizer)
         support.check(strategy, model, optimizer, clip_norm)
         if accumulate_steps < 1 or steps_per_loop < 1:
             raise UserError(
@@ -70,7 +79,8 @@ class Trainer:
         narrow = reduce_dtype if reduce_dtype != "float32" and strategy.num_replicas > 1 else ""
         options = step.StepOptions(clip_norm, seed, narrow, self.jit_compile)
         self.train_steps = strategy.make_steps(step.make_train_step(strategy, self.state, loss, options))
-        self.eval_steps = strategy.make_steps(evaluate.make_eval_step(strategy, model, loss, self.jit_compile))
+        eval_step = evaluate.make_eval_step(strategy, model, eval_loss or loss, self.jit_compile, metrics)
+        self.eval_steps = strategy.make_steps(eval_step)
 
     @property
     def step(self) -> int:
@@ -151,11 +161,35 @@ class Trainer:
         return self.step
 
     def evaluate(self, dataset_fn: DatasetFn, max_steps: int = 0) -> evaluate.EvalResult:
-        """The weighted mean loss over a finite dataset, each element counted once; `max_steps` batches of it if not 0."""
+        """The weighted mean loss over a finite dataset, each element counted once; `max_steps` batches of it if not 0.
+
+        With `averaged_weights`.
+        """
         self.phase("evaluate" if self._has_evaluated else "compile")
-        result = evaluate.run(self.eval_steps, self.strategy.distribute(dataset_fn), max_steps)
+        with self.averaged_weights():
+            result = evaluate.run(self.eval_steps, self.strategy.distribute(dataset_fn), max_steps)
         self._has_evaluated = True
         return result
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Inside, the model has the moving averages of an optimizer with `use_ema` (and no overwriting of its own), for
+        evaluation, sampling and export; the trained weights come back bit by bit. Without averages it changes nothing."""
+        if not (self.state.averages and self.state.updates):
+            yield
+            return
+        self.state.swap_averages()
+        try:
+            yield
+        finally:
+            self.state.swap_averages()
+
+    def first_not_finite(self, outputs: Mapping[str, float]) -> tuple[str, int]:
+        """Of a skipped step: the loss, or the first variable whose gradient was not finite, by name, and the first replica
+        where that was so; -1: on none of them, the sum over the replicas is too large."""
+        code = round(outputs["not_finite"])
+        what = "the loss" if code == 1 else f"the gradient of {self.state.trainable[code - 2].path}"
+        return what, round(outputs["not_finite_replica"])
 
     def phase(self, name: str) -> None:
         """Tells the supervisor, if there is one, what this process does now."""
