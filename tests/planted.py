@@ -47,14 +47,19 @@ def data(context) -> tf.data.Dataset:
 
 
 def clip_before_reduce():
-    whole = step.accumulate
+    whole, make = step.accumulate, step.make_train_step
+    clip_norm = []
 
     def clipped(*args):
         gradients, stats = whole(*args)
         norm = step.global_norm(gradients) / stats[1]
-        return step.clip(gradients, norm, None, OPTIONS["clip_norm"]), stats
+        return step.clip(gradients, norm, None, clip_norm[-1]), stats
 
-    step.accumulate = clipped  # and once more behind the reduction, which changes nothing on one device
+    def make_train_step(strategy, state, loss, options):
+        clip_norm.append(options.clip_norm or 1e30)
+        return make(strategy, state, loss, options)
+
+    step.accumulate, step.make_train_step = clipped, make_train_step  # the clipping behind the reduction is idle now
 
 
 def mean_of_means():
@@ -95,16 +100,14 @@ def double_all_reduce():
 
 
 def lost_accumulation():
-    whole = step.accumulate
+    whole = step.gradient_sums
 
-    def last_only(state, loss, batch, totals, seed, replica, *rest):
-        gradients, stats = whole(state, loss, batch, totals, seed, replica, *rest)
-        if replica.count == 1:
-            return gradients, stats
-        last = tf.nest.map_structure(lambda t: t[-1:], batch._replace(valid=batch.first_row))._replace(valid=batch.valid)
-        return whole(state, loss, last, totals, seed, replica, *rest)[0], stats
+    def first_only(state, loss, part, totals, seed, replica):
+        gradients, stats = whole(state, loss, part, totals, seed, replica)
+        counts = tf.cast(tf.equal(part.m, 0) if replica.count > 1 else True, stats.dtype)
+        return [g * tf.cast(counts, g.dtype) for g in gradients], stats
 
-    step.accumulate = last_only
+    step.gradient_sums = first_only
 
 
 def stale_ema():

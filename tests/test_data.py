@@ -230,17 +230,19 @@ def test_pipeline_rows_are_disjoint_complete_and_laid_out_at_their_place(batch, 
     replicas = local * pipelines
     shares = [pipeline_rows(batch, micro, InputContext(p, pipelines, replicas)) for p in range(pipelines)]
     assert sorted(np.concatenate(shares)) == list(range(batch))
-    num_rows, placed = max(map(len, shares)), []
-    assert num_rows <= -(-batch // (micro * replicas)) * micro * local
+    block, placed = -(-batch // micro), []
     for pipeline, rows in enumerate(shares):
-        element = (rows, rows)
-        dataset = tf.data.Dataset.from_tensors(element)
-        laid_out = layout.lay_out(dataset, num_rows, micro, local, pipeline * local, replicas)
+        dataset = tf.data.Dataset.from_tensors((rows, rows))
+        laid_out = layout.lay_out(dataset, list(map(len, shares)), pipeline, micro, local)
         found = next(laid_out.as_numpy_iterator())
         share = found.x.shape[-1]
+        assert share == -(-block // replicas), "no more places than needed"
         expected = found.first_row[..., None] + np.arange(share)
         real = found.weight > 0
         np.testing.assert_array_equal(found.x[real], expected[real])
+        np.testing.assert_array_equal(real, np.arange(share) < found.rows[..., None])
+        for m in range(micro):
+            np.testing.assert_array_equal(found.x[:, m][real[:, m]] // block, m, "micro-batches are those of one device")
         placed += list(found.x[real])
     assert sorted(placed) == list(range(batch))
 

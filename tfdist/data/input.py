@@ -10,14 +10,14 @@ from tfdist.strategies.base import DatasetFn, InputContext
 
 
 def pipeline_rows(global_batch_size: int, accumulate_steps: int, context: InputContext) -> np.ndarray:
-    """Which rows of every global batch this pipeline reads: its block of each micro-batch. Disjoint and complete.
+    """Which rows of every global batch this pipeline reads: its part of each micro-batch. Disjoint and complete.
 
-    The blocks are those of one device: micro-batch m is the m-th contiguous block, replica after replica.
+    Micro-batch m is the m-th contiguous block of the batch, on any number of replicas; it goes to one replica after another.
     """
-    share = -(-global_batch_size // (accumulate_steps * context.replicas))  # rows per micro-batch and replica
-    mine, everyone = share * context.replicas // context.pipelines, share * context.replicas
-    starts = np.arange(accumulate_steps) * everyone + context.pipeline * mine
-    rows = (starts[:, None] + np.arange(mine)).reshape(-1)
+    block = -(-global_batch_size // accumulate_steps)  # rows per micro-batch
+    mine = -(-block // context.replicas) * context.replicas // context.pipelines
+    part = np.arange(min(context.pipeline * mine, block), min((context.pipeline + 1) * mine, block))
+    rows = (np.arange(accumulate_steps)[:, None] * block + part).reshape(-1)
     return rows[rows < global_batch_size]
 
 

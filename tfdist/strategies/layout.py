@@ -1,5 +1,6 @@
 """From a user's dataset to per-replica micro-batches: pure `tf.data`, static shapes, exact weights."""
 
+import numpy as np
 import tensorflow as tf
 
 from tfdist.errors import UserError
@@ -32,47 +33,51 @@ def unpack(element) -> tuple:
 
 
 def lay_out(
-    dataset: tf.data.Dataset, num_rows: int, accumulate_steps: int, replicas: int, first_replica: int, all_replicas: int
-) -> tf.data.Dataset:
+    dataset: tf.data.Dataset, rows_of_workers: list[int], worker: int, accumulate_steps: int, replicas: int
+) -> tf.data.Dataset:  # fmt: skip
     """One `Batch` per step with a leading axis of the local replicas, then endless invalid ones.
 
-    `num_rows`: at most this many rows in any pipeline's element. `replicas` of `all_replicas` are here, from global
-    replica `first_replica` on. Micro-batch m is the m-th contiguous block of the global batch, split over all replicas;
-    rows that fill up the last places repeat the last real row with weight 0, so that a loss that is finite on the data
-    stays finite.
+    `rows_of_workers`: at most this many rows in an element of each worker; this one is `worker`, with `replicas` of its
+    own, as many as every other has. Micro-batch m is the m-th contiguous block of the global batch, split over all
+    replicas; of each worker's element it is the m-th block. Rows that fill up the last places of a block repeat a real
+    row with weight 0, so that a loss that is finite on the data stays finite.
     """
-    share = -(-num_rows // (accumulate_steps * replicas))  # rows per micro-batch and replica
-    places = share * accumulate_steps * replicas
+    blocks = [-(-rows // accumulate_steps) for rows in rows_of_workers]  # rows per micro-batch
+    block, before = blocks[worker], sum(blocks[:worker])
+    share = max(1, *(-(-rows // replicas) for rows in blocks))  # places per micro-batch and replica
+    m, r, i = np.meshgrid(*map(np.arange, (accumulate_steps, replicas, share)), indexing="ij")
+    in_block = r * share + i
+    rows = np.where(in_block < block, m * block + np.minimum(in_block, block - 1), -1).reshape(
+        -1
+    )  # of the element; -1: none
+    first_row = np.arange(accumulate_steps) * sum(blocks) + before + np.arange(replicas)[:, None] * share  # [R, M]
+    places = rows.size
 
     @tf.autograph.experimental.do_not_convert  # nothing to convert, and looking for it takes half a second
     def split(*element):
         x, y, weight = unpack(element)
         found = tf.shape(tf.nest.flatten(x)[0])[0]
         fits = tf.debugging.assert_less_equal(
-            found, num_rows, message=f"a batch has more rows than the first one ({num_rows})"
+            found, rows_of_workers[worker], message=f"a batch has more rows than the first one ({rows_of_workers[worker]})"
         )
         with tf.control_dependencies([fits]):
-            place = tf.range(places)
-        real = place < found
+            row = tf.constant(rows, tf.int32)
+        real = (row >= 0) & (row < found)
         if weight is None:
             weight = tf.cast(real, tf.float32)
         else:
-            weight = tf.nest.map_structure(lambda t: _masked(_fill(tf.convert_to_tensor(t), place, found), real), weight)
-        x, y = tf.nest.map_structure(lambda t: _fill(t, place, found), (x, y))
+            weight = tf.nest.map_structure(lambda t: _masked(_fill(tf.convert_to_tensor(t), row, found), real), weight)
+        x, y = tf.nest.map_structure(lambda t: _fill(t, row, found), (x, y))
         by_replica = tf.nest.map_structure(_by_replica, (x, y, weight))
-        everywhere = tf.range(0, share * accumulate_steps * all_replicas, share, dtype=tf.int64)
-        everywhere = tf.transpose(tf.reshape(everywhere, [accumulate_steps, all_replicas]))
-        first_row = everywhere[first_replica : first_replica + replicas]
-        first_place = tf.transpose(tf.reshape(tf.range(0, places, share), [accumulate_steps, replicas]))
-        rows = tf.clip_by_value(found - first_place, 0, share)
-        return Batch(*by_replica, first_row, rows, tf.ones([replicas], tf.bool))
+        num_real = tf.math.count_nonzero(_by_replica(real), axis=2, dtype=tf.int32)
+        return Batch(*by_replica, tf.constant(first_row, tf.int64), num_real, tf.ones([replicas], tf.bool))
 
-    def _fill(tensor, place, found):
-        if tensor.shape[0] == places:
+    def _fill(tensor, row, found):
+        if tensor.shape[0] == places and (rows == np.arange(places)).all():
             return tensor
         filled = tf.cond(
             found > 0,
-            lambda: tf.gather(tensor, tf.minimum(place, found - 1)),
+            lambda: tf.gather(tensor, tf.clip_by_value(row, 0, found - 1)),
             lambda: tf.zeros(tf.concat([[places], tf.shape(tensor)[1:]], 0), tensor.dtype),
         )
         return tf.ensure_shape(filled, [places, *tensor.shape[1:]])

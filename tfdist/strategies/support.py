@@ -66,7 +66,7 @@ def with_loss_scale(model: keras.Model, optimizer: keras.optimizers.Optimizer) -
     return keras.optimizers.LossScaleOptimizer(optimizer)
 
 
-def check(strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer, clip_norm: float) -> None:
+def check(strategy: Strategy, optimizer: keras.optimizers.Optimizer, clip_norm: float) -> None:
     """Raises `UserError` for what the table refuses and for settings that contradict each other."""
     updating = getattr(optimizer, "inner_optimizer", optimizer)
     several = getattr(updating, "optimizers", [])

@@ -70,13 +70,11 @@ class Synchronous:
         num_rows = layout.static_rows(dataset)
         if num_rows is None:  # from the very first batch, so that a resumed run lays its batches out alike
             num_rows = layout.first_rows(dataset_fn(self._input_context()))
-        num_rows = max(int(rows) for rows in self.exchange(str(num_rows).encode()))
+        rows_of_workers = [int(rows) for rows in self.exchange(str(num_rows).encode())]
         if start_step and not context.start_step_was_read:
             logging.info("dataset_fn does not use start_step: reading and dropping the first %d batches", start_step)
             dataset = dataset.skip(start_step)
-        laid_out = layout.lay_out(
-            dataset, num_rows, accumulate_steps, self.local_replicas(), self.first_replica, self.num_replicas
-        )
+        laid_out = layout.lay_out(dataset, rows_of_workers, self.worker, accumulate_steps, self.local_replicas())
         laid_out = laid_out.prefetch(2).with_options(_without_autotune())
         # not TensorFlow's distributed iterator: on CPU devices it makes every step wait for its threads (half of an
         # evaluation step on two replicas); here each replica takes its slice of one element

@@ -9,6 +9,7 @@ import numpy as np
 from tfdist import patches
 from tfdist.checkpoint import keys
 from tfdist.errors import CheckpointError, UserError
+from tfdist.strategies import support
 from tfdist.strategies.base import Strategy
 from tfdist.train import batch_norm
 
@@ -20,7 +21,7 @@ class TrainState:
     """Built under the strategy's scope. `step` counts global batches consumed, skipped ones included."""
 
     def __init__(self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer):
-        self.model, self.optimizer, self._strategy = model, optimizer, strategy.tf_strategy
+        self.model, self._strategy = model, strategy.tf_strategy
         created_here = strategy.tf_strategy.extended.variable_created_in_scope
         strange = [v.path for v in [*model.variables, *optimizer.variables] if not created_here(v.value)]
         if strange:
@@ -29,6 +30,7 @@ class TrainState:
                 f"and {len(strange) - 1} more made outside"
             )
         with strategy.scope():
+            self.optimizer = optimizer = support.with_loss_scale(model, optimizer)
             if not optimizer.built:
                 try:
                     optimizer.build(model.trainable_variables)

@@ -235,10 +235,10 @@ def apply_sums(
     state.step.assign(state.step.value + tf.cast(valid > 0, tf.int64))
     where, who = tf.cast(not_finite, stats.dtype), tf.zeros([], stats.dtype)
     if replica.count > 1:  # a replica's own sums; if all of those were finite, it is the sum over them that is not
-        bad = codes > 0
-        first = tf.argmax(tf.cast(bad, tf.int32))
-        where = tf.where(tf.reduce_any(bad), tf.gather(codes, first), where)  # a slice would compile anew for each value
-        who = tf.where(tf.reduce_any(bad), tf.cast(first, stats.dtype), -1)
+        somewhere = tf.reduce_any(codes > 0)
+        first = tf.argmin(tf.where(codes > 0, codes, codes.dtype.max))  # a loss before gradients: it is the cause of others'
+        where = tf.where(somewhere, tf.gather(codes, first), where)  # a slice would compile anew for each value
+        who = tf.where(somewhere, tf.cast(first, stats.dtype), -1)
     outputs = {
         "loss": loss,
         "grad_norm": norm,

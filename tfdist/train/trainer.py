@@ -56,14 +56,11 @@ class Trainer:
         jit_compile: str = "auto", reduce_dtype: str = "float32", facts: Mapping[str, Any] | None = None,
         writers: Sequence[Writer] | None = None,
     ):  # fmt: skip
-        with strategy.scope():
-            optimizer = support.with_loss_scale(model, optimizer)
-        support.check(strategy, model, optimizer, clip_norm)
         if accumulate_steps < 1 or steps_per_loop < 1:
             raise UserError(
                 f"expected accumulate_steps and steps_per_loop of at least 1, found {accumulate_steps}, {steps_per_loop}"
             )
-        self.strategy, self.model, self.optimizer, self.loss = strategy, model, optimizer, loss
+        self.strategy, self.model, self.loss = strategy, model, loss
         self.accumulate_steps, self.steps_per_loop, self.seed = accumulate_steps, steps_per_loop, seed
         self.facts = {"seed": seed, **(facts or {})}
         self.writers: list[Writer] = [Terminal()] if writers is None else list(writers)
@@ -73,6 +70,8 @@ class Trainer:
         supervisor().phase("build")
         self.workdir: Workdir | None = None
         self.state = TrainState(strategy, model, optimizer)
+        self.optimizer = self.state.optimizer
+        support.check(strategy, optimizer, clip_norm)  # a MultiOptimizer knows its optimizers once it is built
         self.jit_compile = support.jit_compile(jit_compile, model)
         if reduce_dtype not in ("float32", "bfloat16"):
             raise UserError(f"reduce_dtype: expected float32 or bfloat16, found {reduce_dtype!r}")

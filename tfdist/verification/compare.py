@@ -123,6 +123,20 @@ CAUSES = {
 }
 
 
+def suspects(oracle: Recording, difference: Difference) -> list[str]:
+    """The features in use that can be the cause of a first difference there: a step computes its loss, then the gradients,
+    then the update."""
+    if difference.tensor == "loss":
+        possible = {"dropout", "accumulation", "weights", "batch normalisation"}
+    elif "moving_average" in difference.tensor:
+        possible = {"EMA"}
+    elif difference.tensor == "evaluation":
+        possible = {"EMA", "weights", "batch normalisation"}
+    else:
+        possible = set(CAUSES) - ({"EMA"} if difference.replica < 0 else set())
+    return [feature for feature in oracle.in_use if feature in possible]
+
+
 def _compared(oracle: Recording) -> list[str]:
     noise = tuple(f"/{name}" for name in oracle.noise)
     return [name for name in oracle.values if not name.startswith("seed/") and not name.endswith(noise)]

@@ -42,6 +42,8 @@ def main(spec_file: str, strategy_name: str, folder: str) -> None:
     if spec["dtype"] != "own":
         keras.config.set_dtype_policy(spec["dtype"])
         keras.config.set_floatx(spec["dtype"])
+    if len(spec["experiments"]) > 1:  # only to find a cause: half of the time of such short runs is this
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     for number, without in enumerate(spec["experiments"]):
         recording = record(strategy, subject_of(spec), spec, without)
         with open(Path(folder) / f"{number}.{strategy.worker}.npz", "wb") as file:

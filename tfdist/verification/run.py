@@ -1,5 +1,6 @@
 """`tfdist verify` and `tfdist.verify`: the same training on several strategies, here and now, compared step by step."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -145,10 +146,13 @@ def _causes(spec, strategy, oracle, found, difference, tolerances, tell) -> tupl
     """The features without which the difference is gone, unless the recordings themselves say more."""
     if cause := compare.cause_without_trying(oracle, found, difference):
         return (cause,)
-    features = list(oracle.in_use)
+    features = compare.suspects(oracle, difference)
+    if not features:
+        return ()
     tell(f"{strategy}: differs {difference}; trying without {', '.join(features)}")
     spec, experiments = spec | {"num_steps": max(difference.step, 1)}, [[feature] for feature in features]
-    pairs = zip(_record(spec, "one_device", experiments), _record(spec, strategy, experiments), strict=True)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pairs = list(zip(*pool.map(lambda name: _record(spec, name, experiments), ("one_device", strategy)), strict=True))
     agree = [
         feature
         for feature, (expected, actual) in zip(features, pairs, strict=True)
