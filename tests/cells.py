@@ -6,6 +6,7 @@ writes the losses of every step and every variable on every replica of those cel
 (workers x devices) is one worker of a cluster and writes out.npz.0, out.npz.1.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ CELLS: dict[str, Callable[["Bench"], None]] = {}
 # cells that compute in 16 bits run in one precision only, and cannot agree to more than they compute with
 SIXTEEN_BITS: dict[str, float] = {}
 ON_TWO_REPLICAS_ONLY: set[str] = set()
+ALONE = {"every_other_optimizer"}  # many runs: it has a process, and a slow test, of its own
 
 # true gradient zero: a key bias shifts all scores of a query alike, and BatchNorm takes away the bias before it, so the
 # gradient is rounding noise, which Adam scales up to the size of the learning rate
@@ -60,7 +62,14 @@ class Bench:
     ):  # fmt: skip
         """Trains over `batches` again and again and keeps losses and variables."""
         keras.utils.set_random_seed(1)
-        rows = []
+        rows, traces = [], []
+        whole_loss = loss
+
+        def counted(y, predicted):
+            traces.append(1)
+            return whole_loss(y, predicted)
+
+        loss = counted if callable(loss) else loss
 
         class Rows:
             write = staticmethod(rows.append)
@@ -78,7 +87,10 @@ class Bench:
             **options,
         )
         micro_batches = options.get("accumulate_steps", 1)
-        trainer.train(lambda context: dataset(batches, context, micro_batches), num_steps, [tfdist.actions.Log()])
+        with functions_of_tensorflow() as functions:
+            trainer.train(lambda context: dataset(batches, context, micro_batches), num_steps, [tfdist.actions.Log()])
+        self.results[f"{prefix}traces"] = np.array([len(traces)])
+        self.results[f"{prefix}collectives"] = np.array([num_collectives(functions)])
         train_rows = [row for row in rows if row["kind"] == "train"]
         assert len(train_rows) == (num_steps if self.strategy.is_chief else 0)
         kept = {"losses": "loss", "tokens": "tokens", "norms": "grad_norm", "scales": "loss_scale"}
@@ -98,6 +110,28 @@ class Bench:
     def lm(self, **config):
         values = dict(vocab_size=VOCABULARY, num_layers=1, num_heads=2, model_dim=8, dtype=self.dtype) | config
         return TransformerLM(ModelConfig(**values), LENGTH)
+
+
+@contextlib.contextmanager
+def functions_of_tensorflow():
+    """Collects what is traced inside."""
+    found = []
+    trace = tf.__internal__.FuncGraph.__init__
+
+    def noted(self, *args, **kwargs):
+        found.append(self)
+        trace(self, *args, **kwargs)
+
+    tf.__internal__.FuncGraph.__init__ = noted
+    try:
+        yield found
+    finally:
+        tf.__internal__.FuncGraph.__init__ = trace
+
+
+def num_collectives(graphs) -> int:
+    """How many reductions over the network a step has: graphs without those that only hold another one."""
+    return sum(sum(op.type.startswith("CollectiveReduce") for op in graph.get_operations()) for graph in graphs)
 
 
 def dataset(batches: list[tuple], context, micro_batches: int = 1) -> tf.data.Dataset:

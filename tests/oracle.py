@@ -3,23 +3,21 @@
 import functools
 import math
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from cells import CELLS, ON_TWO_REPLICAS_ONLY, SIXTEEN_BITS, ZERO_GRADIENT
+from cells import ALONE, CELLS, ON_TWO_REPLICAS_ONLY, SIXTEEN_BITS, ZERO_GRADIENT
 from processes import run
 
+OWN = ("|traces", "|collectives")  # of a strategy, as is a stock layer's mask
 EXACT = ("tokens", "skipped", "who", "scales")  # equal whatever the precision
 
 
 def cells_of(strategy: str, dtype: str) -> tuple[str, ...]:
-    """The cells that run on a strategy: those in 16 bits in one precision only, some on two replicas only."""
-    return tuple(
-        cell
-        for cell in CELLS
-        if not (dtype == "float32" and cell in SIXTEEN_BITS)
-        and not (cell in ON_TWO_REPLICAS_ONLY and strategy not in ("one_device", "mirrored:2"))
-    )
+    """The cells that run together on a strategy: those in 16 bits in one precision only, some on two replicas only."""
+    alone = ALONE | (set() if strategy in ("one_device", "mirrored:2") else ON_TWO_REPLICAS_ONLY)
+    return tuple(cell for cell in CELLS if cell not in alone and not (dtype == "float32" and cell in SIXTEEN_BITS))
 
 
 @functools.cache
@@ -53,12 +51,13 @@ def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tupl
     """DESIGN: float64 to 1e-9; float32: loss to 1e-6, variables to 2e-5 of max(largest entry, 1e-3). `cells`: those that
     run together with it in one process; default: all of the strategy."""
     cells = cells or cells_of(strategy, dtype)
-    expected = results("one_device", dtype, cells_of("one_device", dtype) if cells == cells_of(strategy, dtype) else cells)
-    found = results(strategy, dtype, cells)
+    together = cells_of("one_device", dtype) if cells == cells_of(strategy, dtype) else cells
+    with ThreadPoolExecutor(2) as pool:
+        expected, found = pool.map(lambda run: results(*run), (("one_device", dtype, together), (strategy, dtype, cells)))
     keys = [key for key in expected if key.startswith(f"{cell}|")]
     assert keys and keys == [key for key in found if key.startswith(f"{cell}|")]
     for key in keys:
-        if any(name in key for name in ZERO_GRADIENT) or "|mask_" in key:  # a stock layer's mask is its replica's own
+        if key.endswith(OWN) or any(name in key for name in ZERO_GRADIENT) or "|mask_" in key:
             continue
         one, copies = expected[key], found[key]
         name = key.rpartition("|")[2]
@@ -73,7 +72,8 @@ def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tupl
             worst = np.abs(copies.astype(np.float64) - one).max() / max(np.abs(one).max(), 1e-3)
         else:
             apart = ~((copies == one) | (np.isnan(copies) & np.isnan(one)))  # a step may be not finite in both
-            worst = (np.abs(copies - one)[apart] / np.maximum(np.abs(one), 1.0)[apart]).max(initial=0.0)
+            one, copies = one[apart], copies[apart]
+            worst = (np.abs(copies - one) / np.maximum(np.abs(one), 1.0)).max(initial=0.0)
         tolerance = {"float64": 1e-9, "float32": 2e-5 if "|var/" in key else 1e-6}[dtype]
         tolerance = SIXTEEN_BITS.get(cell, tolerance)
         assert worst <= tolerance, f"{key}: differs by {worst:.3g} of its largest entry, {one}, {copies}"

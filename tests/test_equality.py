@@ -12,6 +12,7 @@ TWO_WORKERS = (
     "batch_norm_with_empty_replicas_and_added_losses",
     "several_inputs_and_outputs_with_their_own_weights",
     "empty_replicas_dropout_clip_by_norm_and_ema",
+    "frozen_layers_missing_gradients_and_averaged_evaluation",
 )
 FLOAT32 = ("dense_model_with_l2_momentum_and_clip_by_value",)
 DTYPES = ("float64", "float32")
@@ -30,7 +31,7 @@ def test_two_replicas_in_float32(cell):
 @pytest.mark.parametrize("cell", FOUR_REPLICAS)
 def test_four_replicas_in_float64(cell):
     expected, found = one_device(), results("mirrored:4", "float64", FOUR_REPLICAS)
-    for key in [key for key in found if key.startswith(f"{cell}|") and not key.endswith("|who")]:
+    for key in [key for key in found if not key.endswith(("|who", "|traces", "|collectives"))]:
         np.testing.assert_allclose(found[key][-1:], expected[key][-1:], rtol=0, atol=1e-9, err_msg=key)
 
 
@@ -46,6 +47,11 @@ REST = [(s, d, cell) for s in STRATEGIES for d in DTYPES for cell in cells_of(s,
 @pytest.mark.parametrize(("strategy", "dtype", "cell"), REST)
 def test_every_cell(strategy, dtype, cell):
     assert_equal_to_one_device(cell, strategy, dtype)
+
+
+@pytest.mark.slow
+def test_every_other_optimizer_on_two_replicas():
+    assert_equal_to_one_device("every_other_optimizer", "mirrored:2", "float64", ("every_other_optimizer",))
 
 
 def one_device():
@@ -84,6 +90,15 @@ def test_an_overflow_on_one_replica_halves_the_scale_once_for_all(strategy):
     expected = [1024] * 4 + [512] * 6 + [1024] * 6 + [2048] * 4  # after each step
     assert list(arrays[f"{cell}|scales"]) == expected
     assert arrays[f"{cell}|var/optimizer/inner_optimizer/iterations"][0] == 19
+
+
+@pytest.mark.parametrize(("strategy", "replicas"), [("mirrored:2", 2), ("multi_worker:2x1", 1)])
+def test_one_trace_for_each_replica_and_one_collective_for_all_variables(strategy, replicas):
+    """Of this process: two batch sizes, 20 steps, and one reduction of the gradients and the step's numbers."""
+    cells = TWO_WORKERS if strategy == "multi_worker:2x1" else cells_of(strategy, "float64")
+    arrays, cell = results(strategy, "float64", cells), "frozen_layers_missing_gradients_and_averaged_evaluation"
+    assert arrays[f"{cell}|traces"] == [replicas]
+    assert arrays[f"{cell}|collectives"] == [replicas]
 
 
 def test_sparse_gradients_are_in_the_matrix():

@@ -159,7 +159,8 @@ def _of_values(oracle: Recording, found: Recording, name: str, step: int) -> tup
     if not expected.size:
         return 0.0, 0
     difference = np.where((copies == expected) | (np.isnan(copies) & np.isnan(expected)), 0.0, np.abs(copies - expected))
-    amounts = difference.max(axis=1) / max(np.abs(expected).max(), _SMALLEST_SCALE)
+    scale = np.abs(expected[np.isfinite(expected)]).max(initial=_SMALLEST_SCALE)
+    amounts = difference.max(axis=1) / scale
     return float(amounts.max()), int(amounts.argmax())
 
 

@@ -215,6 +215,9 @@ def random_data(model):
     if not getattr(model, "inputs", None):
         raise UserError("dataset_fn: expected one for a model without symbolic inputs, found none")
 
+    sequential = isinstance(model, keras.Sequential)  # knows lists only
+    parts = (model.inputs[0], model.outputs[0]) if sequential else (model.input, model.output)
+
     def dataset_fn(context):
         rng = np.random.default_rng(0)
 
@@ -224,7 +227,7 @@ def random_data(model):
             return rng.integers(0, 2, shape).astype(tensor.dtype) if whole else rng.normal(size=shape)
 
         def batch(rows):
-            x, y = (tf.nest.map_structure(lambda t: numbers(rows, t), part) for part in (model.input, model.output))
+            x, y = (tf.nest.map_structure(lambda t: numbers(rows, t), part) for part in parts)
             mine = slice(*(rows * (context.pipeline + i) // context.pipelines for i in (0, 1)))
             return tf.nest.map_structure(lambda a: a[mine], (x, y, rng.choice([0.5, 1.0, 2.0], rows)))
 
