@@ -10,6 +10,7 @@ import numpy as np
 TOLERANCES = {"float64": (1e-9, 1e-9), "float32": (1e-6, 2e-5)}
 TOLERANCE_16_BITS = (3e-2, 3e-2)
 _SMALLEST_SCALE = 1e-3
+_SEEDS = "seed/"
 _OUTPUTS = ("loss", "grad_norm", "tokens", "evaluation")
 
 
@@ -26,6 +27,8 @@ class Difference:
 
     def __str__(self) -> str:
         where = "before training" if self.step == 0 else f"at step {self.step}"
+        if self.tensor.startswith(_SEEDS):
+            return f"{where}: replica {self.replica} has the seed of another one in a stock Keras random layer"
         if self.replica < 0:
             return f"{where}: {self.tensor} is {self.found:.9g}, expected {self.expected:.9g}"
         return f"{where}: {self.tensor} on replica {self.replica} differs by {self.amount:.3g} of its largest entry"
@@ -90,6 +93,10 @@ def first_difference(oracle: Recording, found: Recording, tolerances: tuple[floa
         if beyond:
             amount, replica, name = next((one for one in beyond if one[2].startswith("model/")), beyond[0])
             return Difference(step, name, replica, amount)
+        for name in [name for name in found.values if name.startswith(_SEEDS) and step]:
+            seeds = [tuple(copy) for copy in found.values[name][step]]
+            if len(set(seeds)) < len(seeds):  # by design they differ, as from those of one device
+                return Difference(step, name, next(i for i, seed in enumerate(seeds) if seed in seeds[:i]), 0.0)
     return None
 
 
@@ -100,10 +107,8 @@ def cause_without_trying(oracle: Recording, found: Recording, difference: Differ
             return f"data: the batch of step {step} does not have the rows of one device (dataset_fn, sharding)"
     if difference.step == 0:
         return "seed: the initial values differ"
-    for name, values in found.values.items():
-        step = min(difference.step, len(values) - 1)
-        if name.startswith("seed/") and len({tuple(copy) for copy in values[step]}) < found.num_replicas:
-            return "seed: replicas draw the same random numbers in the stock Keras random layers"
+    if difference.tensor.startswith(_SEEDS):
+        return "seed: replicas draw the same random numbers in the stock Keras random layers"
     if difference.tensor == "grad_norm" and difference.expected:
         ratio, replicas = difference.found / difference.expected, found.num_replicas
         if abs(ratio - replicas) < 1e-6:
@@ -139,7 +144,7 @@ def suspects(oracle: Recording, difference: Difference) -> list[str]:
 
 def _compared(oracle: Recording) -> list[str]:
     noise = tuple(f"/{name}" for name in oracle.noise)
-    return [name for name in oracle.values if not name.startswith("seed/") and not name.endswith(noise)]
+    return [name for name in oracle.values if not name.startswith(_SEEDS) and not name.endswith(noise)]
 
 
 def _steps(oracle: Recording, found: Recording) -> int:
@@ -158,7 +163,9 @@ def _of_values(oracle: Recording, found: Recording, name: str, step: int) -> tup
     expected, copies = oracle.values[name][step][0], found.values[name][step]
     if not expected.size:
         return 0.0, 0
-    difference = np.where((copies == expected) | (np.isnan(copies) & np.isnan(expected)), 0.0, np.abs(copies - expected))
+    with np.errstate(invalid="ignore"):  # infinite in both
+        difference = np.abs(copies - expected)
+    difference = np.where((copies == expected) | (np.isnan(copies) & np.isnan(expected)), 0.0, difference)
     scale = np.abs(expected[np.isfinite(expected)]).max(initial=_SMALLEST_SCALE)
     amounts = difference.max(axis=1) / scale
     return float(amounts.max()), int(amounts.argmax())
