@@ -62,6 +62,8 @@ class Bench:
     ):  # fmt: skip
         """Trains over `batches` again and again and keeps losses and variables."""
         keras.utils.set_random_seed(1)
+        if self.dtype == "float32":
+            batches = tf.nest.map_structure(lambda a: a.astype("float32") if a.dtype == np.float64 else a, batches)
         rows, traces = [], []
         whole_loss = loss
 

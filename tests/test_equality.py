@@ -44,6 +44,7 @@ REST = [(s, d, cell) for s in STRATEGIES for d in DTYPES for cell in cells_of(s,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)  # the first one of a strategy runs all of its cells
 @pytest.mark.parametrize(("strategy", "dtype", "cell"), REST)
 def test_every_cell(strategy, dtype, cell):
     assert_equal_to_one_device(cell, strategy, dtype)

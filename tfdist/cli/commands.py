@@ -53,6 +53,7 @@ def train(flags) -> None:
     if strategy.is_chief:
         tokens = dataset.splits["train"].tokens
         print(f"{trainer.model.count_params():,} parameters on {strategy}; {tokens:,} tokens of text")
+        print(meters.memory(trainer.state.bytes_per_replica(trainer.accumulate_steps)))
         print(meters.formula(flops, peak), flush=True)
     bytes_per_token = dataset.splits["validation"].bytes_per_token
     keep = config.checkpoint

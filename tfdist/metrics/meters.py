@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import tensorflow as tf
 
@@ -63,3 +64,8 @@ def formula(flops_per_token: float, peak: Peak) -> str:
         f"MFU = tokens/s x {flops_per_token:,.0f} FLOPs per token (6N + 12*L*d*T) / {peak.flops_per_s / 1e9:,.0f} "
         f"GFLOP/s ({peak.source})"
     )
+
+
+def memory(bytes_per_replica: Mapping[str, int]) -> str:
+    """The line that is printed once; activations come on top."""
+    return "each replica holds " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in bytes_per_replica.items())

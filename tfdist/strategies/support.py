@@ -12,6 +12,7 @@ YES = ""  # any other text is the reason why not
 
 STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer", "TPU")
 _LATER = "not there yet"
+MULTI_OPTIMIZER = "clipping or EMA inside of a MultiOptimizer"
 _INSIDE = "a norm, and the averages, are of all variables; pass Trainer(clip_norm=...)"
 
 # feature -> strategy -> YES or the reason
@@ -24,23 +25,31 @@ TABLE: dict[str, dict[str, str]] = {
         "TPU": _LATER,
     }
     for feature, one_device, mirrored in (
-        ("train", YES, YES),
+        ("train, with every Keras optimizer", YES, YES),
         ("token-weighted loss", YES, YES),
+        ("dict inputs, several outputs with their own losses and weights", YES, YES),
         ("accumulation", YES, YES),
         ("clipping (norm, global norm, value)", YES, YES),
-        ("uneven last batch", YES, YES),
+        ("uneven last batch, empty replica, step without weight", YES, YES),
         ("dropout of tfdist models, equal to one device", YES, YES),
-        ("stock Keras random layers", YES, YES),  # different on each replica: not equal to one device
-        ("L2 and add_loss", YES, YES),
+        ("stock Keras random layers (differ between replicas, not equal to one device)", YES, YES),
+        ("batch normalisation, synchronised (without XLA on several replicas)", YES, YES),
+        ("L2 and add_loss (of the data: the mean over the replicas, by weight)", YES, YES),
+        ("statistics of other layers (the mean over the replicas, by rows)", YES, YES),
+        ("frozen layers, variables without gradient", YES, YES),
+        ("sparse gradients of embeddings (reduced as dense ones)", YES, YES),
+        ("recurrent and convolution layers", YES, YES),
+        ("label smoothing, z-loss", YES, YES),
+        ("activation recompute", YES, YES),
         ("XLA inside the replica", YES, YES),
+        ("mixed_bfloat16 (equal within 16 bits)", YES, YES),
+        ("mixed_float16 with dynamic loss scaling (equal within 16 bits)", YES, YES),
+        ("steps that are not finite: skipped by all, named", YES, YES),
+        ("EMA of the weights, swapped in for evaluation", YES, YES),
+        ("exact evaluation and metrics", YES, YES),
         ("checkpoint and resume", YES, YES),
-        ("exact evaluation", YES, YES),
-        ("mixed_bfloat16", YES, YES),
-        ("EMA of the optimizer", YES, YES),
         ("gradients reduced in bfloat16 (not equal to one device)", "one device reduces nothing", YES),
-        ("batch normalisation", YES, YES),
-        ("loss scaling (mixed_float16)", YES, YES),
-        ("clipping or EMA inside of a MultiOptimizer", _INSIDE, _INSIDE),
+        (MULTI_OPTIMIZER, _INSIDE, _INSIDE),
     )
 }
 
@@ -72,7 +81,7 @@ def check(strategy: Strategy, optimizer: keras.optimizers.Optimizer, clip_norm: 
     several = getattr(updating, "optimizers", [])
     for one in several:
         if one.clipnorm or one.global_clipnorm or one.clipvalue or one.use_ema:
-            refuse("clipping or EMA inside of a MultiOptimizer", type(strategy).__name__)
+            refuse(MULTI_OPTIMIZER, type(strategy).__name__)
     for one in (updating, *several):
         if one.gradient_accumulation_steps:
             raise UserError(

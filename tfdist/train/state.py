@@ -1,10 +1,12 @@
 """Everything that training changes: the model, the optimizer, and how many global batches have been consumed."""
 
 import functools
+import math
 from collections.abc import Mapping
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfdist import patches
 from tfdist.checkpoint import keys
@@ -85,6 +87,20 @@ class TrainState:
                 held = one.read_value()
                 one.assign(other)
                 other.assign(held)
+
+    def bytes_per_replica(self, accumulate_steps: int = 1) -> dict[str, int]:
+        """What one replica holds: of the variables that are there, and of gradients in a step (a second copy of them while
+        micro-batches are added up)."""
+
+        def of(variables):
+            return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
+
+        copies = 2 if accumulate_steps > 1 else 1
+        return {
+            "parameters": of(self.model.variables),
+            "gradients": copies * of(self.trainable),
+            "optimizer state": of(self.optimizer.variables),
+        }
 
     @property
     def layer_seeds(self) -> list[keras.Variable]:

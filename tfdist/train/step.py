@@ -149,8 +149,9 @@ def accumulate(
             return m + 1, [a + b for a, b in zip(sums, more, strict=True)], stats + more_stats
 
         _, connected, stats = tf.while_loop(
-            lambda m, *_: m < micro_batches, add, (1, connected, stats), maximum_iterations=micro_batches - 1
-        )
+            lambda m, *_: m < micro_batches, add, (1, connected, stats), maximum_iterations=micro_batches - 1,
+            parallel_iterations=1,
+        )  # fmt: skip
         gradients = restore_gaps(connected, gradients)
     rest = [tf.cast(batch.valid, stats.dtype), tf.cast(tf.reduce_sum(batch.rows), stats.dtype)]
     return gradients, tf.concat([stats, rest], 0)

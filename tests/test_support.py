@@ -1,0 +1,82 @@
+"""The support table says nothing that no test shows: each `yes` names the cells of the matrix, or the tests, behind it."""
+
+import importlib
+
+import pytest
+from cells import CELLS, ON_TWO_REPLICAS_ONLY
+from conftest import STRATEGIES
+from oracle import ALONE, assert_equal_to_one_device
+
+from tfdist.errors import UserError
+from tfdist.strategies import support
+
+COLUMNS = {
+    "Mirrored": [name for name in STRATEGIES if name.startswith("mirrored")],
+    "MultiWorkerMirrored": [name for name in STRATEGIES if name.startswith("multi_worker")],
+}
+LLAMA = "llama_parts_dropout_recompute_and_clipping_with_xla"
+ACCUMULATION = "accumulation_dropout_weights_and_a_step_without_any"
+EMPTY = "empty_replicas_dropout_clip_by_norm_and_ema"
+DENSE = "dense_model_with_l2_momentum_and_clip_by_value"
+CONVOLUTION = "convolution_with_batch_norm_accumulation_and_adafactor"
+BATCH_NORM = "batch_norm_with_empty_replicas_and_added_losses"
+RECURRENT = "recurrent_with_sparse_embedding_and_lion"
+# feature -> cells of the matrix, or tests (module:name) where equality with one device is not the question
+SHOWN = {
+    "train, with every Keras optimizer": [DENSE, RECURRENT, "muon_on_hidden_layers", CONVOLUTION, "every_other_optimizer"],
+    "token-weighted loss": [ACCUMULATION],
+    "dict inputs, several outputs with their own losses and weights": ["several_inputs_and_outputs_with_their_own_weights"],
+    "accumulation": [ACCUMULATION, CONVOLUTION],
+    "clipping (norm, global norm, value)": [EMPTY, LLAMA, DENSE],
+    "uneven last batch, empty replica, step without weight": [EMPTY, ACCUMULATION],
+    "dropout of tfdist models, equal to one device": [EMPTY, ACCUMULATION, LLAMA],
+    "stock Keras random layers (differ between replicas, not equal to one device)": [
+        "test_equality:test_replicas_draw_different_masks_in_stock_layers",
+        "test_trainer:test_stock_dropout_differs_between_steps_and_is_the_same_again",
+    ],
+    "batch normalisation, synchronised (without XLA on several replicas)": [BATCH_NORM, CONVOLUTION],
+    "L2 and add_loss (of the data: the mean over the replicas, by weight)": [DENSE, "added_losses_and_what_layers_count"],
+    "statistics of other layers (the mean over the replicas, by rows)": ["added_losses_and_what_layers_count"],
+    "frozen layers, variables without gradient": ["frozen_layers_missing_gradients_and_averaged_evaluation"],
+    "sparse gradients of embeddings (reduced as dense ones)": [RECURRENT],
+    "recurrent and convolution layers": [RECURRENT, CONVOLUTION],
+    "label smoothing, z-loss": [ACCUMULATION],
+    "activation recompute": [LLAMA],
+    "XLA inside the replica": [LLAMA],
+    "mixed_bfloat16 (equal within 16 bits)": ["mixed_bfloat16"],
+    "mixed_float16 with dynamic loss scaling (equal within 16 bits)": ["mixed_float16_with_an_overflow_on_one_replica"],
+    "steps that are not finite: skipped by all, named": ["a_step_that_is_not_finite_is_skipped_by_all"],
+    "EMA of the weights, swapped in for evaluation": ["frozen_layers_missing_gradients_and_averaged_evaluation", EMPTY],
+    "exact evaluation and metrics": [ACCUMULATION, "several_inputs_and_outputs_with_their_own_weights"],
+    "checkpoint and resume": [
+        "test_trainer:test_a_stopped_run_goes_on_bit_by_bit",
+        "test_cluster_training:test_killed_and_restarted_again_and_again",
+    ],
+    "gradients reduced in bfloat16 (not equal to one device)": ["test_trainer:test_gradients_in_bfloat16_and_counts_exact"],
+}
+YES = [(feature, name) for feature, row in support.TABLE.items() for name in COLUMNS if row[name] == support.YES]
+
+
+@pytest.mark.parametrize("feature", support.TABLE)
+def test_every_feature_is_shown_or_refused(feature):
+    row = support.TABLE[feature]
+    if any(row[name] == support.YES for name in ("OneDevice", *COLUMNS)):
+        for shown in SHOWN[feature]:
+            module, colon, test = shown.partition(":")
+            assert hasattr(importlib.import_module(module), test) if colon else shown in CELLS, shown
+    for name, reason in row.items():
+        if reason:
+            with pytest.raises(UserError) as refusal:
+                support.refuse(feature, name)
+            assert reason in str(refusal.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize(("feature", "name"), YES)
+def test_the_cells_behind_a_yes_pass(feature, name):
+    """With the results of test_equality.py in the same session."""
+    for cell in [shown for shown in SHOWN[feature] if ":" not in shown]:
+        for strategy in COLUMNS[name]:
+            if cell not in ON_TWO_REPLICAS_ONLY | ALONE:
+                assert_equal_to_one_device(cell, strategy, "float64")
