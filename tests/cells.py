@@ -248,9 +248,7 @@ def batch_norm_with_empty_replicas_and_added_losses(bench: Bench) -> None:
     def make_model():
         inputs = keras.Input((5,), dtype=bench.dtype)
         x = keras.layers.Dense(4, kernel_regularizer="l2", use_bias=False)(inputs)
-        x = keras.layers.BatchNormalization(synchronized=True, center=False)(
-            x
-        )  # the next one would take its beta away again
+        x = keras.layers.Activation("tanh")(keras.layers.BatchNormalization(synchronized=True)(x))
         x = keras.layers.BatchNormalization(momentum=0.5)(keras.layers.Dense(4, use_bias=False)(x))
         return keras.Model(inputs, keras.layers.Dense(3)(x))
 
