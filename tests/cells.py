@@ -20,7 +20,6 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.config import ModelConfig
-from tfdist.data.input import pipeline_rows
 from tfdist.models.transformer import TransformerLM, next_token_loss, token_accuracy, training_loss
 from tfdist.train.loss import Loss
 
@@ -139,7 +138,7 @@ def num_collectives(graphs) -> int:
 def dataset(batches: list[tuple], context, micro_batches: int = 1) -> tf.data.Dataset:
     """Batches of any size, over and over, from `start_step` on: this pipeline's rows of each."""
     sizes = [len(tf.nest.flatten(batch)[0]) for batch in batches]
-    rows = pipeline_rows(max(sizes), micro_batches, context)
+    rows = context.rows(max(sizes), micro_batches)
     mine = [
         tf.nest.map_structure(lambda a, size=size: a[rows[rows < size]], batch)
         for size, batch in zip(sizes, batches, strict=True)
@@ -171,7 +170,9 @@ def llama_parts_dropout_recompute_and_clipping_with_xla(bench: Bench) -> None:
         positions="rotary", norm="rms", activation="swiglu", num_kv_heads=1, use_bias=False, tie_embeddings=False,
         dropout=0.1, recompute=True,
     )  # fmt: skip
-    bench.train(lambda: bench.lm(**parts), adamw, next_token_loss, tokens([8]), clip_norm=0.5, jit_compile="on")
+    bench.train(
+        lambda: bench.lm(**parts), adamw, next_token_loss, tokens([8]), clip_norm=0.5, jit_compile="on", accumulate_steps=2
+    )
 
 
 @cell
@@ -359,7 +360,7 @@ def frozen_layers_missing_gradients_and_averaged_evaluation(bench: Bench) -> Non
         return model
 
     rng = np.random.default_rng(0)
-    batches = [(rng.normal(size=(8, 5)), rng.normal(size=8))]
+    batches = [(rng.normal(size=(n, 5)), rng.normal(size=n)) for n in (8, 7)]
     bench.train(
         make_model, lambda: adamw(use_ema=True, ema_momentum=0.9), lambda y, p: tf.square(p["used"][:, 0] - y), batches
     )
@@ -406,7 +407,7 @@ def mixed_float16_with_an_overflow_on_one_replica(bench: Bench) -> None:
         return keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0, dynamic_growth_steps=6)
 
     rng = np.random.default_rng(0)
-    batches = [(rng.normal(size=(8, 5)).astype("float32"), rng.normal(size=8).astype("float32")) for _ in range(NUM_STEPS)]
+    batches = [(rng.normal(size=(7, 5)).astype("float32"), rng.normal(size=7).astype("float32")) for _ in range(NUM_STEPS)]
     batches[4][1][0] = 1e5  # the gradient of its loss is beyond float16, and on the first replica alone
 
     def loss(y, predicted):

@@ -79,3 +79,11 @@ def test_the_hash_covers_what_determines_the_numbers_and_nothing_else():
 def test_differing_fields_are_named():
     new = config.Config(train=config.TrainConfig(seed=1, num_steps=9))
     assert config.differing_fields(config.Config(), new) == {"train.seed": (0, 1)}
+
+
+def test_fields_that_came_later_leave_the_hash_of_older_runs():
+    """This is the hash of the default config before there were ema_momentum, label_smoothing and z_loss."""
+    assert config.config_hash(config.Config(), "data") == "a836face6d038ba5"
+    changed = config.Config()
+    changed.train.z_loss = 1e-4
+    assert config.config_hash(changed, "data") != "a836face6d038ba5"

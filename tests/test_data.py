@@ -7,7 +7,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from tfdist.data import corpus, shards, tfds_source
-from tfdist.data.input import eval_dataset_fn, num_windows, pipeline_rows, train_dataset_fn
+from tfdist.data.input import eval_dataset_fn, num_windows, train_dataset_fn
 from tfdist.data.order import Order
 from tfdist.data.tokenizer import ByteTokenizer
 from tfdist.errors import DataError
@@ -228,7 +228,7 @@ def test_a_sample_depends_on_its_index_alone():
 def test_pipeline_rows_are_disjoint_complete_and_laid_out_at_their_place(batch, micro, local, pipelines):
     """Each replica of each pipeline gets the rows that `first_row` says: dropout masks depend on it."""
     replicas = local * pipelines
-    shares = [pipeline_rows(batch, micro, InputContext(p, pipelines, replicas)) for p in range(pipelines)]
+    shares = [InputContext(p, pipelines, replicas).rows(batch, micro) for p in range(pipelines)]
     assert sorted(np.concatenate(shares)) == list(range(batch))
     block, placed = -(-batch // micro), []
     for pipeline, rows in enumerate(shares):

@@ -51,8 +51,9 @@ def test_every_cell(strategy, dtype, cell):
 
 
 @pytest.mark.slow
-def test_every_other_optimizer_on_two_replicas():
-    assert_equal_to_one_device("every_other_optimizer", "mirrored:2", "float64", ("every_other_optimizer",))
+@pytest.mark.parametrize("strategy", ["mirrored:2", "multi_worker:2x1"])
+def test_every_other_optimizer_on_two_replicas(strategy):
+    assert_equal_to_one_device("every_other_optimizer", strategy, "float64", ("every_other_optimizer",))
 
 
 def one_device():

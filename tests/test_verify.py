@@ -59,6 +59,20 @@ def test_a_seed_that_stock_layers_share_is_named(monkeypatch):
 
 
 @pytest.mark.slow
+def test_every_feature_on_two_workers():
+    """With batch normalisation, dropout and accumulation, whose rows must be those of one device."""
+    report = run_verify(strategy="multi_worker:2x1")
+    assert report.equal, str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "own"])
+def test_other_precisions(dtype):
+    report = run_verify(dtype=dtype)
+    assert report.equal and report.tolerances[0] == (1e-6 if dtype == "own" else 3e-2), str(report)
+
+
+@pytest.mark.slow
 def test_a_model_alone_is_enough():
     report = verify(planted.with_stock_dropout, strategies=["multi_worker:2x1"], num_steps=3, dtype="float32")
     assert report.equal and [r.num_replicas for r in report.results] == [1, 2]

@@ -163,6 +163,8 @@ _AT_LEAST_ZERO = (
     "checkpoint.keep_every_steps", "eval.every_steps", "eval.batch_size", "eval.max_steps", "log.sample_tokens",
     "strategy.bytes_per_pack", "strategy.communication_timeout_s",
 )  # fmt: skip
+# at their defaults these do not enter the config hash: runs that were started without them go on
+_ADDED_LATER = ("optimizer.ema_momentum", "train.label_smoothing", "train.z_loss")
 _BELOW_ONE = ("model.dropout", "data.validation_fraction", "optimizer.ema_momentum", "train.label_smoothing")
 
 
@@ -263,5 +265,7 @@ def differing_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def config_hash(config: Config, data_hash: str) -> str:
     """A hash of everything that determines the numbers of a run: the `match` fields and the data's own hash."""
-    text = json.dumps({"config": _match_fields(config), "data": data_hash}, sort_keys=True)
+    later = {name: default for name, default in _match_fields(Config()).items() if name in _ADDED_LATER}
+    fields = {name: v for name, v in _match_fields(config).items() if name not in later or v != later[name]}
+    text = json.dumps({"config": fields, "data": data_hash}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -37,15 +37,34 @@ class ComponentVariables:
     @contextlib.contextmanager
     def suspended(self, model: keras.Layer):
         """Around a collective in the middle of a forward or backward pass: there Mirrored goes on with the thread of the
-        next replica, which must find everything as this one found it. Also keeps the `add_loss` losses so far."""
-        losses = [(layer._losses, list(layer._losses)) for layer in all_layers(model)]
+        next replica, which must find everything as this one found it, and this one again what its layers noted so far:
+        losses added, tensors kept for later."""
+        layers = all_layers(model)
+        held = [(vars(layer), {name: (v, _copy(v)) for name, v in vars(layer).items()}) for layer in layers]
         self.__exit__()
         try:
             yield
         finally:
             self.__enter__()
-            for held, before in losses:
-                held[:] = before
+            for attributes, before in held:
+                for name, (value, content) in before.items():
+                    attributes[name] = value
+                    if content is not None and not _same(value, content):
+                        value.clear()
+                        value.update(content) if isinstance(value, dict) else value.extend(content)
+
+
+def _same(value, content) -> bool:
+    pairs = zip(_flat(value), _flat(content), strict=False)
+    return len(value) == len(content) and all(a is b for a, b in pairs)
+
+
+def _flat(value) -> list:
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else list(value)
+
+
+def _copy(value):
+    return list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else None
 
 
 _moments_of_this_thread: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("moments", default=None)

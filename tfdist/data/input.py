@@ -9,18 +9,6 @@ from tfdist.errors import DataError
 from tfdist.strategies.base import DatasetFn, InputContext
 
 
-def pipeline_rows(global_batch_size: int, accumulate_steps: int, context: InputContext) -> np.ndarray:
-    """Which rows of every global batch this pipeline reads: its part of each micro-batch. Disjoint and complete.
-
-    Micro-batch m is the m-th contiguous block of the batch, on any number of replicas; it goes to one replica after another.
-    """
-    block = -(-global_batch_size // accumulate_steps)  # rows per micro-batch
-    mine = -(-block // context.replicas) * context.replicas // context.pipelines
-    part = np.arange(min(context.pipeline * mine, block), min((context.pipeline + 1) * mine, block))
-    rows = (np.arange(accumulate_steps)[:, None] * block + part).reshape(-1)
-    return rows[rows < global_batch_size]
-
-
 def num_windows(split: Split, sequence_length: int) -> int:
     """Whole windows of `sequence_length` inputs with their targets; they tile the text, each token is a target once."""
     return (split.tokens - 1) // sequence_length
@@ -41,7 +29,7 @@ def train_dataset_fn(
     order = Order(windows, seed, shuffle)
 
     def dataset_fn(context: InputContext) -> tf.data.Dataset:
-        rows = tf.constant(pipeline_rows(global_batch_size, accumulate_steps, context), tf.int64)
+        rows = tf.constant(context.rows(global_batch_size, accumulate_steps), tf.int64)
 
         def steps(tokens):
             def batch(step):
@@ -72,7 +60,7 @@ def eval_dataset_fn(
     order = Order(windows, seed=0)
 
     def dataset_fn(context: InputContext) -> tf.data.Dataset:
-        rows = tf.constant(pipeline_rows(batch_size, 1, context), tf.int64)
+        rows = tf.constant(context.rows(batch_size), tf.int64)
 
         def steps(tokens):
             def batch(step):

@@ -13,6 +13,7 @@ from tfdist.cluster.spec import Cluster
 class InputContext:
     """What a `dataset_fn` is told. Its dataset yields, per element, this pipeline's rows of one global batch.
 
+    Which rows those are, `rows` says: micro-batches, dropout masks and batch statistics then are those of one device.
     `pipeline` of `pipelines`: which input pipeline this is; one per worker. `replicas`: over all workers, as many in each.
     `start_step`: the first element must be the one of this step; a function that never looks at it gets
     `Dataset.skip(start_step)`.
@@ -27,6 +28,18 @@ class InputContext:
         self.start_step_was_read = True
         return self._start_step
 
+    def rows(self, global_batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
+        """Which rows of every global batch this pipeline reads: its part of each micro-batch. Disjoint and complete.
+
+        Micro-batch m is the m-th contiguous block of the batch, on any number of replicas; it goes to one replica after
+        another.
+        """
+        block = -(-global_batch_size // accumulate_steps)  # rows per micro-batch
+        mine = -(-block // self.replicas) * self.replicas // self.pipelines
+        part = np.arange(min(self.pipeline * mine, block), min((self.pipeline + 1) * mine, block))
+        rows = (np.arange(accumulate_steps)[:, None] * block + part).reshape(-1)
+        return rows[rows < global_batch_size]
+
 
 DatasetFn = Callable[[InputContext], tf.data.Dataset]
 
@@ -39,6 +52,7 @@ class Batch(NamedTuple):
     weight: Any  # [M, c, ...] float, or a dict of them; 0 for rows that are padding
     first_row: tf.Tensor  # [M] int64: index within the global batch of each micro-batch's row 0
     rows: tf.Tensor  # [M] int32: how many of the c rows of each micro-batch are real; padding comes after them
+    block_rows: tf.Tensor  # scalar int32: rows of a whole micro-batch, over all replicas
     valid: tf.Tensor  # scalar bool: False once the input has ended
 
 

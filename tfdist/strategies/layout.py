@@ -70,7 +70,13 @@ def lay_out(
         x, y = tf.nest.map_structure(lambda t: _fill(t, row, found), (x, y))
         by_replica = tf.nest.map_structure(_by_replica, (x, y, weight))
         num_real = tf.math.count_nonzero(_by_replica(real), axis=2, dtype=tf.int32)
-        return Batch(*by_replica, tf.constant(first_row, tf.int64), num_real, tf.ones([replicas], tf.bool))
+        return Batch(
+            *by_replica,
+            tf.constant(first_row, tf.int64),
+            num_real,
+            tf.fill([replicas], sum(blocks)),
+            tf.ones([replicas], tf.bool),
+        )
 
     def _fill(tensor, row, found):
         if tensor.shape[0] == places and (rows == np.arange(places)).all():

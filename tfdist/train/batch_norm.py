@@ -50,7 +50,7 @@ def _moments(layer, inputs, mask, real: tf.Tensor, total: Callable) -> tuple[tf.
     if inputs.shape[0] is not None and inputs.shape[0] != real.shape[0]:
         raise UserError(
             f"batch normalisation ({layer.path}): expected inputs with the {real.shape[0]} rows of the batch first, found "
-            f"shape {inputs.shape}; rows that only fill up a share cannot be told apart there"
+            f"shape {inputs.shape}, where rows that only fill up a share cannot be told apart; normalise before reshaping"
         )
     rank, axis = inputs.shape.rank, layer.axis % inputs.shape.rank
     counted = tf.reshape(real, [-1] + [1] * (rank - 1))
@@ -58,18 +58,15 @@ def _moments(layer, inputs, mask, real: tf.Tensor, total: Callable) -> tuple[tf.
         counted = tf.logical_and(counted, tf.cast(mask, tf.bool)[..., None])
     counted = tf.broadcast_to(counted, tf.shape(inputs))
     axes = [i for i in range(rank) if i != axis]
-    # sums around the moving mean: one reduction for both moments, without the cancellation of E[x^2] - E[x]^2
+    # the mean first: E[x^2] - E[x]^2 in one reduction would cancel where the mean is large
     shape = [-1 if i == axis else 1 for i in range(rank)]
-    so_far_mean, so_far_variance = (
-        tf.stop_gradient(tf.cast(v.value, inputs.dtype)) for v in (layer.moving_mean, layer.moving_variance)
-    )
-    shifted = tf.where(counted, inputs - tf.reshape(so_far_mean, shape), tf.zeros_like(inputs))
-    sums = [tf.reduce_sum(t, axes) for t in (shifted, tf.square(shifted), tf.cast(counted, inputs.dtype))]
-    first, second, count = tf.unstack(total(tf.stack(sums)))
-    divisor = tf.maximum(count, 1)
-    mean = first / divisor
-    variance = tf.maximum(second / divisor - tf.square(mean), 0)
-    return tf.where(count > 0, mean + so_far_mean, so_far_mean), tf.where(count > 0, variance, so_far_variance)
+    sums = [tf.where(counted, inputs, tf.zeros_like(inputs)), tf.cast(counted, inputs.dtype)]
+    first, count = tf.unstack(total(tf.stack([tf.reduce_sum(t, axes) for t in sums])))
+    mean = first / tf.maximum(count, 1)
+    apart = tf.where(counted, inputs - tf.reshape(mean, shape), tf.zeros_like(inputs))
+    variance = total(tf.reduce_sum(tf.square(apart), axes)) / tf.maximum(count, 1)
+    so_far = [tf.stop_gradient(tf.cast(v.value, inputs.dtype)) for v in (layer.moving_mean, layer.moving_variance)]
+    return tf.where(count > 0, mean, so_far[0]), tf.where(count > 0, variance, so_far[1])
 
 
 def _sum_over_replicas(suspended: Suspended) -> Callable[[tf.Tensor], tf.Tensor]:

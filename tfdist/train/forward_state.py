@@ -17,9 +17,10 @@ def contributions(variables: list[keras.Variable], before: list, rows: tf.Tensor
         if kind == "sum":
             parts.append(now - _as_number(value))
         elif kind == "mean":
-            parts.append(now * tf.cast(rows, now.dtype))
+            now = tf.cast(now, tf.float64)  # 16 bits cannot hold the product
+            parts.append(tf.where(rows > 0, now * tf.cast(rows, now.dtype), 0))  # without rows it may be anything
         else:
-            parts.append(now * tf.cast(first, now.dtype))
+            parts.append(tf.where(first, now, tf.zeros_like(now)))
     return parts
 
 
@@ -31,7 +32,7 @@ def agreed(variables: list[keras.Variable], before: list, sums: list[tf.Tensor],
         if kind == "sum":
             total += _as_number(value)
         elif kind == "mean":
-            total = tf.where(rows > 0, total / tf.cast(tf.maximum(rows, 1), total.dtype), value)
+            total = tf.where(rows > 0, total / tf.cast(tf.maximum(rows, 1), total.dtype), tf.cast(value, total.dtype))
         values.append(tf.cast(total, value.dtype))
     return values
 

@@ -22,20 +22,27 @@ def weighted_loss(loss_fn: LossFn, y, predicted, weight) -> tuple[tf.Tensor, tf.
             "reduction='none', tfdist does the reduction over the global batch"
         )
     if weight.shape.rank > loss.shape.rank:
-        raise UserError(f"weight: expected at most the loss's shape {loss.shape}, found {weight.shape}")
+        raise UserError(
+            f"weight: expected at most the loss's shape {loss.shape}, found {weight.shape}; give one weight for each row, "
+            "or for each value of the loss"
+        )
     if loss.dtype.size < 4:  # sums and counts in 16 bits would be rounded
         loss = tf.cast(loss, tf.float32)
     weight = tf.cast(weight, loss.dtype)
     weight = tf.reshape(weight, tf.concat([tf.shape(weight), [1] * (loss.shape.rank - weight.shape.rank)], 0))
     weight = tf.broadcast_to(weight, tf.shape(loss))
-    loss = tf.where(weight > 0, loss, tf.zeros_like(loss))  # where nothing counts, an infinite loss does not either
-    tokens = tf.reduce_sum(tf.cast(weight > 0, loss.dtype))
+    loss = tf.where(weight != 0, loss, tf.zeros_like(loss))  # where nothing counts, an infinite loss does not either
+    tokens = tf.reduce_sum(tf.cast(weight != 0, loss.dtype))
     return tf.reduce_sum(loss * weight), tf.reduce_sum(weight), tokens
 
 
 def per_output(loss: Loss, y, predicted, weight) -> dict[str, tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     """`weighted_loss` of each output, by name; "" for a model with one loss. Raises `UserError` for names that differ."""
     if not isinstance(loss, Mapping):
+        if not callable(loss):
+            raise UserError(f"loss: expected a function or a dict of them, found {type(loss).__name__}; name the outputs")
+        if isinstance(weight, Mapping):
+            raise UserError(f"weight: expected one tensor for one loss, found a dict with {sorted(weight)}")
         return {"": weighted_loss(loss, y, predicted, weight)}
     for what, found in (("the model's outputs", predicted), ("y", y), ("weight", weight)):
         if isinstance(found, Mapping) and set(loss) <= set(found):
@@ -83,8 +90,10 @@ def metric_sums(metrics: Mapping[str, LossFn], y, predicted, weight) -> dict[str
     for name, fn in metrics.items():
         if isinstance(predicted, Mapping):
             output = name.partition("/")[0]
-            if output not in predicted or not isinstance(y, Mapping):
+            if output not in predicted:
                 raise UserError(f"metrics: expected OUTPUT/METRIC with an output of {sorted(predicted)}, found {name!r}")
+            if not isinstance(y, Mapping) or output not in y:
+                raise UserError(f"metrics: expected y to be a dict with {output!r} for {name!r}, found {type(y).__name__}")
             sums[name] = weighted_loss(fn, y[output], predicted[output], _weight_of(weight, output))
         else:
             sums[name] = weighted_loss(fn, y, predicted, weight)

@@ -17,17 +17,18 @@ def of(optimizer: keras.optimizers.Optimizer) -> tf.Tensor | None:
     return tf.constant(optimizer.loss_scale_factor, tf.float32) if optimizer.loss_scale_factor else None
 
 
-def of_a_sum(optimizer: keras.optimizers.Optimizer, y, num_replicas: int) -> tf.Tensor | None:
+def of_a_sum(optimizer: keras.optimizers.Optimizer, y, block_rows: tf.Tensor) -> tf.Tensor | None:
     """What to multiply a sum of losses with, where Keras' scale is meant for their mean.
 
-    Divided by a power of two near the number of elements in all replicas' `y`: that rounds nothing, and gradients overflow
-    at about the scales at which they do in Keras.
+    Divided by a power of two near the number of elements of a whole micro-batch (`block_rows` rows like those of `y`): that
+    rounds nothing, gradients overflow at about the scales at which they do in Keras, and it is the same on any strategy.
     """
     scale = of(optimizer)
     if scale is None:
         return None
-    elements = num_replicas * math.prod(size or 1 for size in tf.nest.flatten(y)[0].shape)
-    return scale / 2.0 ** int(math.log2(elements))
+    per_row = math.prod(size or 1 for size in tf.nest.flatten(y)[0].shape[1:])
+    exponent = tf.floor(tf.math.log(tf.cast(block_rows * per_row, tf.float64) + 0.5) / math.log(2.0))
+    return scale / tf.cast(tf.pow(tf.constant(2.0, tf.float64), exponent), scale.dtype)
 
 
 def adjust(optimizer: keras.optimizers.Optimizer, finite: tf.Tensor, counts: tf.Tensor) -> None:

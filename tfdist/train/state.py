@@ -24,6 +24,11 @@ class TrainState:
 
     def __init__(self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer):
         self.model, self._strategy = model, strategy.tf_strategy
+        if not model.built:
+            raise UserError(
+                "expected a model with variables, found one that is not built yet; under the scope call it once on data, or "
+                "model.build(input_shape)"
+            )
         created_here = strategy.tf_strategy.extended.variable_created_in_scope
         strange = [v.path for v in [*model.variables, *optimizer.variables] if not created_here(v.value)]
         if strange:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from absl import logging
 
 from tfdist import patches
 from tfdist.errors import UserError
@@ -36,6 +37,8 @@ class Replica(NamedTuple):
 def make_train_step(strategy: Strategy, state: TrainState, loss: Loss, options: StepOptions) -> ReplicaStep:
     """Returns the step that `Strategy.make_steps` loops over. Call it under the strategy's scope."""
     communicates = strategy.num_replicas > 1 and bool(state.batch_norms)
+    if communicates and options.jit_compile:
+        logging.info("batch normalisation over replicas communicates in the forward pass, which therefore runs without XLA")
 
     def step_of(local: int) -> Callable[[Batch], dict[str, tf.Tensor]]:
         replica = Replica(local, strategy.first_replica + local, strategy.num_replicas)
@@ -117,6 +120,7 @@ class MicroBatch(NamedTuple):
     first_row: tf.Tensor
     rows: tf.Tensor
     m: Any
+    block_rows: tf.Tensor
 
 
 def accumulate(
@@ -130,7 +134,7 @@ def accumulate(
 
     def micro_batch(m):
         part = tf.nest.map_structure(lambda t: t[m], (batch.x, batch.y, batch.weight, batch.first_row, batch.rows))
-        part = MicroBatch(*part, m)
+        part = MicroBatch(*part, m, batch.block_rows)
         with batch_norm.over_replicas(state.batch_norms, part.rows, places, suspended):
             return gradient_sums(state, loss, part, totals, seed, replica)
 
@@ -168,9 +172,10 @@ def gradient_sums(
         with sample_position(SamplePosition(seed, step, part.first_row)):
             predicted = model(part.x, training=True)
         loss_sum, weight_sum, tokens = combined(loss, part.y, predicted, part.weight, totals)
+        added = sum(tf.cast(tf.reduce_sum(value), loss_sum.dtype) for value in model.losses)
         if model.losses:  # weighted by this share's weight, so that the division leaves them counted once
-            loss_sum += tf.cast(tf.add_n(model.losses), loss_sum.dtype) * weight_sum
-        scale = loss_scale.of_a_sum(state.optimizer, part.y, replica.count)
+            loss_sum += tf.where(weight_sum > 0, added, tf.zeros_like(added)) * weight_sum
+        scale = loss_scale.of_a_sum(state.optimizer, part.y, part.block_rows)
         scaled = loss_sum if scale is None else loss_sum * tf.cast(scale, loss_sum.dtype)
     gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, variables)]
     if scale is not None:

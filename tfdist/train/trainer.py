@@ -66,13 +66,15 @@ class Trainer:
         self.writers: list[Writer] = [Terminal()] if writers is None else list(writers)
         if not strategy.is_chief:
             self.writers = []
-        self._has_evaluated = False
+        self._has_evaluated = self._averaged = False
         supervisor().phase("build")
         self.workdir: Workdir | None = None
         self.state = TrainState(strategy, model, optimizer)
         self.optimizer = self.state.optimizer
         support.check(strategy, optimizer, clip_norm)  # a MultiOptimizer knows its optimizers once it is built
         self.jit_compile = support.jit_compile(jit_compile, model)
+        if taken := {"loss", "perplexity", "tokens", "bits_per_byte", "kind", "step"} & set(metrics or {}):
+            raise UserError(f"metrics: expected other names than the columns of an evaluation, found {sorted(taken)}")
         if reduce_dtype not in ("float32", "bfloat16"):
             raise UserError(f"reduce_dtype: expected float32 or bfloat16, found {reduce_dtype!r}")
         narrow = reduce_dtype if reduce_dtype != "float32" and strategy.num_replicas > 1 else ""
@@ -129,6 +131,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of this step; for the chief alone. Raises `CheckpointError` when the disk does not take it."""
+        self._refuse_averages("save")
         self.phase("save")
         if self.workdir is None:
             raise UserError("expected a workdir to save to, found none; call trainer.restore(workdir) first")
@@ -141,6 +144,7 @@ class Trainer:
         SIGTERM and Ctrl-C save through the `Checkpoint` action and raise `Stopped` (exit code 143; 4 if that failed).
         The handlers that were there before are put back.
         """
+        self._refuse_averages("train")
         with StopRequest(self.strategy.request_stop).installed() as stop:
             self.strategy.request_stop(False)  # one that came too late for the run before
             if self.step < num_steps:
@@ -174,14 +178,20 @@ class Trainer:
     def averaged_weights(self):
         """Inside, the model has the moving averages of an optimizer with `use_ema` (and no overwriting of its own), for
         evaluation, sampling and export; the trained weights come back bit by bit. Without averages it changes nothing."""
-        if not (self.state.averages and self.state.updates):
+        if self._averaged or not (self.state.averages and self.state.updates):
             yield
             return
+        self._averaged = True
         self.state.swap_averages()
         try:
             yield
         finally:
             self.state.swap_averages()
+            self._averaged = False
+
+    def _refuse_averages(self, what: str) -> None:
+        if self._averaged:
+            raise UserError(f"{what}: expected the trained weights, found their averages; leave `averaged_weights` first")
 
     def first_not_finite(self, outputs: Mapping[str, float]) -> tuple[str, int]:
         """Of a skipped step: the loss, or the first variable whose gradient was not finite, by name, and the first replica

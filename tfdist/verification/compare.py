@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 # DESIGN: the numerics contract. (loss, variables); variables relative to max(largest entry, _SMALLEST_SCALE)
-TOLERANCES = {"float64": (1e-9, 1e-9), "float32": (1e-6, 2e-5)}
-TOLERANCE_16_BITS = (3e-2, 3e-2)
+_TOLERANCES = {"16": (3e-2, 3e-2), "float32": (1e-6, 2e-5), "float64": (1e-9, 1e-9)}
 _SMALLEST_SCALE = 1e-3
 _SEEDS = "seed/"
 _OUTPUTS = ("loss", "grad_norm", "tokens", "evaluation")
@@ -44,6 +43,7 @@ class Recording:
     in_use: tuple[str, ...]  # features whose absence can be tried
     own_randomness: tuple[str, ...]  # stock random layers, switched off
     noise: tuple[str, ...]  # variables whose true gradient is zero
+    dtypes: tuple[str, ...] = ("float64",)  # that layers compute with
 
     @property
     def num_replicas(self) -> int:
@@ -69,7 +69,14 @@ def read(folder: Path, experiment: int) -> Recording:
         in_use=tuple(first["in_use"].tolist()),
         own_randomness=tuple(first["own_randomness"].tolist()),
         noise=tuple(first["noise"].tolist()) if "noise" in first else (),
+        dtypes=tuple(first["dtypes"].tolist()),
     )
+
+
+def tolerances(recording: Recording) -> tuple[float, float]:
+    """Of the least precise of the types that its layers compute with."""
+    known = (found for kind, found in _TOLERANCES.items() if any(kind in dtype for dtype in recording.dtypes))
+    return next(known, _TOLERANCES["float32"])
 
 
 def largest_differences(oracle: Recording, found: Recording) -> tuple[float, float]:

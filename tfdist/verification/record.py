@@ -7,6 +7,7 @@ experiment: a run without some features, to see whether a difference goes with o
 """
 
 import json
+import numbers
 import sys
 import zlib
 from collections.abc import Iterable
@@ -26,14 +27,15 @@ from tfdist.strategies.sync import Mirrored, MultiWorkerMirrored, OneDevice
 from tfdist.train import step
 from tfdist.train.loss import output_weights
 from tfdist.train.trainer import Trainer
+from tfdist.verification import subject as subject_module
 from tfdist.verification.subject import Subject, load
 
 MOST_VALUES = 4096  # of a tensor in a recording; a larger one is recorded as the means of this many parts of it
 FEATURES = ("clipping", "dropout", "accumulation", "weights", "batch normalisation", "EMA")
-_EVEN_ROWS = 16  # without uneven weights a batch is cut to a multiple of this many rows
 
 
 def main(spec_file: str, strategy_name: str, folder: str) -> None:
+    subject_module.inside_verification = True
     spec = json.loads(Path(spec_file).read_text())
     sys.path[:] = list(dict.fromkeys([*spec["sys_path"], *sys.path]))
     logging.set_verbosity(logging.ERROR)
@@ -41,7 +43,7 @@ def main(spec_file: str, strategy_name: str, folder: str) -> None:
     strategy = make_strategy(strategy_name)
     if spec["dtype"] != "own":
         keras.config.set_dtype_policy(spec["dtype"])
-        keras.config.set_floatx(spec["dtype"])
+        keras.config.set_floatx("float64" if spec["dtype"] == "float64" else "float32")
     if len(spec["experiments"]) > 1:  # only to find a cause: half of the time of such short runs is this
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     for number, without in enumerate(spec["experiments"]):
@@ -60,7 +62,10 @@ def make_strategy(name: str) -> Strategy:
 def subject_of(spec: dict) -> Subject:
     if "subject" in spec:
         return load(spec["subject"])(spec["argument"])
-    given = {what: load(name, what) for what, name in spec["functions"].items()}
+    given = {
+        what: {key: load(one, what) for key, one in name.items()} if isinstance(name, dict) else load(name, what)
+        for what, name in spec["functions"].items()
+    }
     return Subject(given["model_fn"], given.get("optimizer_fn"), given.get("loss"), given.get("dataset_fn"), spec["options"])
 
 
@@ -75,16 +80,18 @@ def record(strategy: Strategy, subject: Subject, spec: dict, without: list[str])
     options = dict(subject.options) | {"steps_per_loop": 1, "writers": []}
     in_use = features(model, optimizer, options)
     own_randomness = switch_off(model, optimizer, options, without)
-    loss, dataset_fn = subject.loss or squared_difference, subject.dataset_fn or random_data(model)
     micro_batches = options.get("accumulate_steps", 1)
+    loss = subject.loss or default_loss(model)
+    dataset_fn = subject.dataset_fn or random_data(model, micro_batches)
     if "weights" in without:
-        dataset_fn = with_even_weights(dataset_fn)
+        dataset_fn = with_even_weights(dataset_fn, spec["num_replicas"] * micro_batches)
     trainer = Trainer(strategy, model, optimizer, loss, **options)
 
     rows = row_hashes(dataset_fn(InputContext(strategy.worker, strategy.num_workers, strategy.num_replicas)), num_steps)
     recording: dict[str, np.ndarray] = {f"rows/{i}": hashes for i, hashes in enumerate(rows)}
     recording["in_use"] = np.array(in_use)
     recording["own_randomness"] = np.array(own_randomness)
+    recording["dtypes"] = np.array(sorted({layer.compute_dtype for layer in patches.all_layers(model)}))
     if strategy.num_replicas == 1 and not without:
         iterator = strategy.distribute(dataset_fn, accumulate_steps=micro_batches)
         recording["noise"] = np.array(only_noise(strategy, trainer, loss, iterator, seed))
@@ -161,11 +168,17 @@ def switch_off(model, optimizer, options: dict, without: Iterable[str]) -> list[
             layer.rate = 0.0 if "dropout" in without else layer.rate
         elif isinstance(layer, keras.layers.BatchNormalization) and "batch normalisation" in without:
             layer.trainable = False
-        elif any(getattr(layer, name, None) for name in _RANDOM):
-            random_layers.append(layer.name)
-            for name in _RANDOM:
-                if getattr(layer, name, None):
-                    setattr(layer, name, 0.0)
+        elif any(isinstance(value, keras.random.SeedGenerator) for value in vars(layer).values()):
+            rates = [name for name in _RANDOM if isinstance(vars(layer).get(name), numbers.Real)]
+            if not rates or not type(layer).__module__.startswith("keras."):
+                raise UserError(
+                    f"{layer.name} ({type(layer).__name__}): expected no random numbers that cannot be switched off, they "
+                    "differ between replicas by design; verify the model without it"
+                )
+            if any(vars(layer)[name] for name in rates):
+                random_layers.append(layer.name)
+            for name in rates:
+                setattr(layer, name, 0.0)
     if "clipping" in without:
         options["clip_norm"] = 0.0
         updating.clipnorm = updating.global_clipnorm = updating.clipvalue = None
@@ -176,21 +189,26 @@ def switch_off(model, optimizer, options: dict, without: Iterable[str]) -> list[
     return random_layers
 
 
-_RANDOM = ("rate", "stddev", "dropout", "recurrent_dropout")  # of Dropout and its kin, noise, recurrent layers
+_RANDOM = ("rate", "stddev", "dropout", "recurrent_dropout")  # of Dropout and its kin, noise, attention, recurrent cells
 
 
-def with_even_weights(dataset_fn):
-    """Every element counts 1, and every batch splits evenly."""
+def with_even_weights(dataset_fn, shares: int):
+    """Every element counts 1, and batches are cut so that they split evenly into that many shares of all pipelines, where
+    they have the rows."""
 
     def even(*element):
         element = element[:2]
         rows = tf.shape(tf.nest.flatten(element)[0])[0]
-        return tf.nest.map_structure(lambda t: t[: rows - rows % _EVEN_ROWS], element)
+        cut = rows - rows % mine
+        return tf.nest.map_structure(lambda t: t[: tf.where(cut > 0, cut, rows)], element)
 
-    def has_rows(x, y):
-        return tf.shape(tf.nest.flatten(x)[0])[0] > 0
+    def dataset(context):
+        nonlocal mine
+        mine = max(1, shares // context.pipelines)
+        return dataset_fn(context).map(even)
 
-    return lambda context: dataset_fn(context).map(even).filter(has_rows).repeat()
+    mine = 1
+    return dataset
 
 
 # ---- data ----
@@ -209,7 +227,13 @@ def squared_difference(y, predicted):
     return tf.square(predicted - tf.cast(y, predicted.dtype))
 
 
-def random_data(model):
+def default_loss(model):
+    """For one output, or a dict of them."""
+    outputs = None if isinstance(model, keras.Sequential) else getattr(model, "output", None)
+    return {name: squared_difference for name in outputs} if isinstance(outputs, dict) else squared_difference
+
+
+def random_data(model, micro_batches: int):
     """Batches of 16 and 13 rows in the shapes of the model's inputs and outputs, with weights. Whole-number inputs are 0 or
     1. Raises `UserError` for a model that does not know its inputs."""
     if not getattr(model, "inputs", None):
@@ -228,7 +252,8 @@ def random_data(model):
 
         def batch(rows):
             x, y = (tf.nest.map_structure(lambda t: numbers(rows, t), part) for part in parts)
-            mine = slice(*(rows * (context.pipeline + i) // context.pipelines for i in (0, 1)))
+            mine = context.rows(16, micro_batches)
+            mine = mine[mine < rows]
             return tf.nest.map_structure(lambda a: a[mine], (x, y, rng.choice([0.5, 1.0, 2.0], rows)))
 
         batches = [batch(rows) for rows in (16, 13, 16)]
@@ -263,7 +288,8 @@ def only_noise(strategy: Strategy, trainer: Trainer, loss, iterator, seed: int) 
     for variable, value in zip(state.model.variables, before, strict=True):
         variable.assign(value)
     sizes = [float(outputs[str(i)][0]) for i in range(len(state.trainable))]
-    smallest = 100 * np.finfo(state.trainable[0].dtype).eps * max(sizes)
+    precision = "float64" if all(v.dtype == "float64" for v in state.trainable) else "float32"
+    smallest = 100 * np.finfo(precision).eps * max(sizes)
     name_of = {id(variable): key for key, variable in state.values().items()}
     return [
         name_of[id(variable)].partition("/")[2]

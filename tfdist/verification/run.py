@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tfdist.errors import CHECK_FAILED, DONE, Failure, UserError
-from tfdist.verification import compare
+from tfdist.verification import compare, subject
 from tfdist.verification.subject import NUM_STEPS, STRATEGIES, check, name_of
 
 _LIMIT_S = 3600.0
@@ -102,7 +103,7 @@ def verify(
         options: of `Trainer`: clip_norm, accumulate_steps, seed, jit_compile (here "off", if not given).
 
     Returns a `Report`; `report.equal` says whether all agree. Raises `UserError` for functions that other processes cannot
-    import, and when a run fails.
+    import, and `Failure` when a run fails.
     """
     functions = {"model_fn": model_fn, "dataset_fn": dataset_fn, "loss": loss, "optimizer_fn": optimizer_fn}
     allowed = {"clip_norm", "accumulate_steps", "seed", "jit_compile"}
@@ -116,25 +117,24 @@ def verify(
 
 
 def verify_subject(
-    subject: str, argument: str, *, strategies: Sequence[str], num_steps: int, dtype: str, tell: Callable[[str], None]
+    subject_fn: str, argument: str, *, strategies: Sequence[str], num_steps: int, dtype: str, tell: Callable[[str], None]
 ) -> Report:  # fmt: skip
-    """`subject` names a function ("module:name") that makes a `Subject` of the `argument`. `tell` gets lines of progress."""
-    spec = {"subject": subject, "argument": argument, "num_steps": num_steps, "dtype": dtype}
+    """`subject_fn` names a function ("module:name") that makes a `Subject` of the `argument`. `tell` gets progress."""
+    spec = {"subject": subject_fn, "argument": argument, "num_steps": num_steps, "dtype": dtype}
     return _run(spec, strategies, tell)
 
 
 def _run(spec: dict, strategies: Sequence[str], tell: Callable[[str], None]) -> Report:
     strategies = check(strategies, spec["dtype"])
-    if Path(sys.argv[0]).name == "record.py":
+    if subject.inside_verification:
         raise UserError('verify: called while it imports the program again; call it under `if __name__ == "__main__":`')
-    here = str(Path(sys.argv[0]).resolve().parent) if sys.argv[0] else os.getcwd()
-    spec = spec | {"sys_path": [os.getcwd(), here, *(path for path in sys.path if path)]}
+    spec = spec | {"sys_path": [path or os.getcwd() for path in sys.path]}
     results, oracle = [], None
-    tolerances = compare.TOLERANCES.get("float32" if spec["dtype"] == "own" else spec["dtype"], compare.TOLERANCE_16_BITS)
     for strategy in strategies:
         tell(f"{strategy}: {spec['num_steps']} steps")
         (found,) = _record(spec, strategy, [[]])
         oracle = oracle or found
+        tolerances = compare.tolerances(oracle)
         difference = compare.first_difference(oracle, found, tolerances)
         causes = _causes(spec, strategy, oracle, found, difference, tolerances, tell) if difference else ()
         largest = compare.largest_differences(oracle, found)
@@ -151,8 +151,14 @@ def _causes(spec, strategy, oracle, found, difference, tolerances, tell) -> tupl
         return ()
     tell(f"{strategy}: differs {difference}; trying without {', '.join(features)}")
     spec, experiments = spec | {"num_steps": max(difference.step, 1)}, [[feature] for feature in features]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        pairs = list(zip(*pool.map(lambda name: _record(spec, name, experiments), ("one_device", strategy)), strict=True))
+    at_once = 1 if shutil.which("nvidia-smi") else 2  # a GPU is one process' own
+    spec["num_replicas"] = compare.replicas_of(strategy)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            recorded = pool.map(lambda name: _record(spec, name, experiments), ("one_device", strategy))
+            pairs = list(zip(*recorded, strict=True))
+    except (Failure, subprocess.TimeoutExpired) as error:  # the difference itself is found all the same
+        return (f"unknown: trying without {', '.join(features)} failed ({' '.join(str(error).split())[:200]})",)
     agree = [
         feature
         for feature, (expected, actual) in zip(features, pairs, strict=True)

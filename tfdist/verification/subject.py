@@ -37,20 +37,29 @@ def check(strategies: Iterable[str], dtype: str) -> list[str]:
     return list(dict.fromkeys(["one_device", *strategies]))
 
 
-def name_of(function: Callable | str, what: str) -> str:
-    """`module:name`, under which another process finds it. Raises `UserError` where none can."""
+# whether this process runs for `verify`: it must not verify again
+inside_verification = False
+
+
+def name_of(function: Callable | str | Mapping, what: str) -> str | dict[str, str]:
+    """`module:name`, under which another process finds it; of a dict (of losses) each. Raises `UserError` where none can."""
+    if isinstance(function, Mapping):
+        return {name: name_of(one, f"{what}[{name!r}]") for name, one in function.items()}
     if isinstance(function, str):
         found = load(function, what)
-        return function if callable(found) else _refuse(what, f"{function}, which cannot be called", "name a function")
+        known = callable(found) or isinstance(found, Mapping)
+        return function if known else _refuse(what, f"{function}, which cannot be called", "name a function")
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module == "__main__":
-        file = getattr(sys.modules["__main__"], "__file__", None)
+        main = sys.modules["__main__"]
+        file = getattr(main, "__file__", None)
         if file is None or not Path(file).exists():
             _refuse(
                 what, f"{name or function}, defined in a notebook or an interactive session",
                 "write it into a file (%%writefile my_model.py in a notebook) and import it from there",
             )  # fmt: skip
-        module = Path(file).stem
+        spec = getattr(main, "__spec__", None)  # of python -m package.module
+        module = spec.name if spec else Path(file).stem
     if not module or not name or "<" in name:
         _refuse(what, name or repr(function), "define it at the top level of a module")
     return f"{module}:{name}"
