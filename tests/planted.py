@@ -32,7 +32,7 @@ def optimizer(model) -> keras.optimizers.Optimizer:
 
 
 def loss(y, predicted):
-    return tf.square(predicted[:, 0] - y)
+    return tf.square(predicted[:, 0] - tf.cast(y, predicted.dtype))
 
 
 def data(context) -> tf.data.Dataset:

@@ -47,7 +47,7 @@ def name_of(function: Callable | str | Mapping, what: str) -> str | dict[str, st
         return {name: name_of(one, f"{what}[{name!r}]") for name, one in function.items()}
     if isinstance(function, str):
         found = load(function, what)
-        known = callable(found) or isinstance(found, Mapping)
+        known = callable(found) or (what == "loss" and isinstance(found, Mapping))
         return function if known else _refuse(what, f"{function}, which cannot be called", "name a function")
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module == "__main__":
