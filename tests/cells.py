@@ -403,11 +403,12 @@ def mixed_float16_with_an_overflow_on_one_replica(bench: Bench) -> None:
         ])  # fmt: skip
 
     def make_optimizer():
-        inner = keras.optimizers.SGD(0.05, momentum=0.9, global_clipnorm=1.0)
+        inner = keras.optimizers.SGD(0.01, momentum=0.9, global_clipnorm=1.0)
         return keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0, dynamic_growth_steps=6)
 
     rng = np.random.default_rng(0)
-    batches = [(rng.normal(size=(7, 5)).astype("float32"), rng.normal(size=7).astype("float32")) for _ in range(NUM_STEPS)]
+    x, y = rng.normal(size=(7, 5)).astype("float32"), rng.normal(size=7).astype("float32")
+    batches = [(x, y.copy()) for _ in range(NUM_STEPS)]
     batches[4][1][0] = 1e5  # the gradient of its loss is beyond float16, and on the first replica alone
 
     def loss(y, predicted):

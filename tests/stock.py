@@ -125,7 +125,7 @@ def uneven_last_batch(strategy):
 
 @shows("mirrored")
 def uneven_first_batch(strategy):
-    return said(lambda: dense(strategy).fit(data(np.ones((3, 1)), np.ones(3), 3), verbose=0), "Error")
+    return said(lambda: dense(strategy).fit(data(np.ones((3, 1)), np.ones(3), 3), verbose=0), "same size and shape")
 
 
 @shows("mirrored")
