@@ -262,6 +262,36 @@ def batch_norm_with_empty_replicas_and_added_losses(bench: Bench) -> None:
 
 
 @cell
+def a_model_that_keeps_tensors_across_batch_norms(bench: Bench) -> None:
+    """As a U-Net does: what one replica noted must not reach another one, whose thread runs in between."""
+
+    class Keeps(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = [keras.layers.Dense(4, use_bias=False) for _ in range(2)]
+            self.norms = [keras.layers.BatchNormalization() for _ in range(2)]
+            self.out = keras.layers.Dense(3)
+
+        def call(self, x, training=None):
+            self.skips = []
+            for dense, norm in zip(self.dense, self.norms, strict=True):
+                self.last = dense(x)
+                self.skips.append(self.last)
+                x = tf.tanh(norm(self.last, training=training)) + self.last
+            return self.out(x + self.skips[0])
+
+    def make_model():
+        model = Keeps()
+        model(np.zeros((1, 5)))
+        return model
+
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(size=(n, 5)), rng.normal(size=(n, 3))) for n in (8, 7)]
+    loss = keras.losses.MeanSquaredError(reduction="none", dtype=bench.dtype)
+    bench.train(make_model, lambda: keras.optimizers.SGD(0.05), loss, batches)
+
+
+@cell
 def added_losses_and_what_layers_count(bench: Bench) -> None:
     """`add_loss` of the data, a mean over the rows; a layer's own counter and running mean."""
 

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from processes import finish, run, start, tfdist
 
+from tfdist.checkpoint import store
 from tfdist.metrics.writers import read_rows
 from tfdist.models.transformer import TransformerLM
 
@@ -167,6 +169,24 @@ def test_two_replicas_log_the_losses_of_one(finished, source, tmp_path):
     assert float(numbers[0][1]) == pytest.approx(float(numbers[1][1]), abs=2e-6)
     logged = read_rows(finished[0] / "metrics.jsonl", "eval")[-1]
     assert float(numbers[0][1]) == pytest.approx(logged["loss"], abs=2e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_averages_is_evaluated_and_exported_with_them(source, tmp_path):
+    averages = ["--config.optimizer.ema_momentum=0.9", "--config.train.num_steps=20", "--config.train.label_smoothing=0.1"]
+    done = tfdist("train", CONFIG, source, *averages, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0 and "each replica holds parameters" in done.stdout, done.stderr
+    logged = read_rows(tmp_path / "run/metrics.jsonl", "eval")[-1]
+    found = float(re.findall(r"[\d.]+", tfdist("eval", f"--workdir={tmp_path / 'run'}").stdout)[1])
+    assert found == pytest.approx(logged["loss"], abs=2e-6)
+    tfdist("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path}/model.keras")
+    exported = keras.saving.load_model(tmp_path / "model.keras").get_weights()
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-00000020")
+    arrays = store.latest(checkpoint.parent).arrays()
+    trained = [array for key, array in arrays.items() if key.startswith("model/")]
+    kept = [array for key, array in arrays.items() if "moving_average/" in key]
+    assert all(any(np.array_equal(array, one) for one in kept) for array in exported)
+    assert not all(any(np.array_equal(array, one) for one in trained) for array in exported)
 
 
 def test_generate_and_export(finished, tmp_path):

@@ -17,7 +17,7 @@ def contributions(variables: list[keras.Variable], before: list, rows: tf.Tensor
         if kind == "sum":
             parts.append(now - _as_number(value))
         elif kind == "mean":
-            now = tf.cast(now, tf.float64)  # 16 bits cannot hold the product
+            now = tf.cast(now, tf.float32) if now.dtype.size < 4 else now  # 16 bits cannot hold the product
             parts.append(tf.where(rows > 0, now * tf.cast(rows, now.dtype), 0))  # without rows it may be anything
         else:
             parts.append(tf.where(first, now, tf.zeros_like(now)))

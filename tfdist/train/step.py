@@ -65,7 +65,7 @@ def make_train_step(strategy: Strategy, state: TrainState, loss: Loss, options: 
         # where the forward pass itself reduces over the replicas, a compiled function cannot hold it
         local_sums = on_components(forward_backward, options.jit_compile and not communicates)
         apply = on_components(lambda *sums: apply_sums(state, *sums, options, replica), options.jit_compile)
-        # not with the gradients in one function: XLA would compute each of them twice
+        # by itself: in the function that computes the gradients XLA might compute them again for this
         not_finite = on_components(lambda *sums: not_finite_here(*sums, replica), options.jit_compile)
 
         def train_step(batch: Batch, stop: tf.Tensor) -> dict[str, tf.Tensor]:
