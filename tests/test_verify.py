@@ -24,9 +24,9 @@ BUGS = {  # planted bug -> (the first tensor that differs, a word of the likely 
 QUICK = ("shifted_data",)
 
 
-def run_verify(strategy="mirrored:2", model=planted.build, **options):
+def run_verify(strategy="mirrored:2", model=planted.build, loss=planted.loss, **options):
     return verify(
-        model, planted.data, planted.loss, optimizer_fn=planted.optimizer, strategies=[strategy], num_steps=3,
+        model, planted.data, loss, optimizer_fn=planted.optimizer, strategies=[strategy], num_steps=3,
         **planted.OPTIONS | options,
     )  # fmt: skip
 
@@ -45,7 +45,7 @@ def test_a_planted_bug_is_found_and_named(bug, monkeypatch):
 
 def test_what_is_equal_is_equal():
     """Every feature at once, a stock layer of random numbers, no bug. Functions may be given by name."""
-    report = run_verify(model="planted:with_stock_dropout")
+    report = run_verify(model="planted:with_stock_dropout", loss=planted.loss_of_equal_types)  # of float32 data, in float64
     assert report.equal and report.exit_code == 0 and "DIFFERS" not in str(report)
     assert report.results[1].variables < 1e-12
     assert report.switched_off == ("dropout",) and "switched off" in str(report)

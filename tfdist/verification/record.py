@@ -83,6 +83,8 @@ def record(strategy: Strategy, subject: Subject, spec: dict, without: list[str])
     micro_batches = options.get("accumulate_steps", 1)
     loss = subject.loss or default_loss(model)
     dataset_fn = subject.dataset_fn or random_data(model, micro_batches)
+    if spec["dtype"] != "own":
+        dataset_fn = in_floatx(dataset_fn)
     if "weights" in without:
         dataset_fn = with_even_weights(dataset_fn, spec["num_replicas"] * micro_batches)
     trainer = Trainer(strategy, model, optimizer, loss, **options)
@@ -190,6 +192,17 @@ def switch_off(model, optimizer, options: dict, without: Iterable[str]) -> list[
 
 
 _RANDOM = ("rate", "stddev", "dropout", "recurrent_dropout")  # of Dropout and its kin, noise, attention, recurrent cells
+
+
+def in_floatx(dataset_fn):
+    """Numbers of the data in the type of the model, so that a loss may subtract them."""
+
+    def cast(*element):
+        return tf.nest.map_structure(
+            lambda t: tf.cast(t, keras.config.floatx()) if tf.convert_to_tensor(t).dtype.is_floating else t, element
+        )
+
+    return lambda context: dataset_fn(context).map(cast)
 
 
 def with_even_weights(dataset_fn, shares: int):
