@@ -411,7 +411,17 @@ def a_step_that_is_not_finite_is_skipped_by_all(bench: Bench) -> None:
     rng = np.random.default_rng(0)
     batches = [(rng.normal(size=(8, 5)), rng.normal(size=8)) for _ in range(5)]
     batches[3][1][7] = np.inf
-    bench.train(make_model, adamw, lambda y, p: tf.square(p[:, 0] - y), batches, clip_norm=1.0)
+    trainer = bench.train(make_model, adamw, lambda y, p: tf.square(p[:, 0] - y), batches, clip_norm=1.0)
+
+    def copies():  # of every variable on every replica but the number of the step, which counts skipped ones too
+        values = [v for key, v in trainer.state.values().items() if key != "step"]
+        return [c.numpy() for v in values for c in bench.strategy.tf_strategy.experimental_local_results(v.value)]
+
+    before = copies()
+    iterator = bench.strategy.distribute(lambda context: dataset(batches[3:4], context))
+    outputs, _ = trainer.train_steps(iterator, 1)
+    bench.results["changed"] = np.array([sum((a != b).any() for a, b in zip(before, copies(), strict=True))])
+    assert outputs["skipped"][0] == 1 and bench.results["changed"] == 0
 
 
 @cell(tolerance=3e-2)  # 8 units of the last of 8 bits: each share's gradient, a sum with cancellation, is rounded by itself

@@ -111,7 +111,7 @@ def steps_per_execution(strategy):
 
 @shows("mirrored")
 def jit_compile(strategy):
-    return said(lambda: fit_with(strategy, {"jit_compile": True}), "device", "XLA", "merge_call")
+    return said(lambda: fit_with(strategy, {"jit_compile": True}), "xla/known_issues#tfvariable_on_a_different_device")
 
 
 @shows("mirrored")

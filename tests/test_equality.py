@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cells import CELLS, SIXTEEN_BITS
+from cells import CELLS
 from conftest import STRATEGIES
 from oracle import assert_equal_to_one_device, cells_of, results
 
@@ -112,7 +112,7 @@ def test_sparse_gradients_are_in_the_matrix():
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(layer(tf.constant([[1, 2]])))
     assert isinstance(tape.gradient(loss, layer.embeddings.value), tf.IndexedSlices)
-    assert "recurrent_with_sparse_embedding_and_lion" in CELLS and SIXTEEN_BITS
+    assert "recurrent_with_sparse_embedding_and_lion" in CELLS
 
 
 def test_replicas_draw_different_masks_in_stock_layers():

@@ -1,5 +1,6 @@
 """`tfdist.verify` says that what is equal is equal, and finds and names what was planted (planted.py)."""
 
+import os
 import sys
 
 import numpy as np
@@ -84,6 +85,20 @@ def test_the_command_line(text_files, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "one_device" in done.stdout and "mirrored:2" in done.stdout and done.stdout.count("equal") == 2
     assert "left out, their true gradient is zero" in done.stdout and "attention/key/bias" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_line_ends_with_7_where_runs_differ(text_files, tmp_path):
+    """The bug is planted in the recording processes, which import `sitecustomize` like any Python."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'tfdist.verification.record' in sys.orig_argv: import planted"
+    )
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.path.dirname(__file__)]), "PLANT": "lost_accumulation"}
+    arguments = ["--config=tests/tiny.py", f"--config.data.source=files:{text_files}/*.txt", "--strategies=mirrored:2"]
+    fewer_suspects = ["--config.model.dropout=0.0", "--config.train.clip_norm=0.0"]
+    done = tfdist("verify", *arguments, *fewer_suspects, "--steps=1", env=env)
+    assert done.returncode == 7, done.stderr[-3000:]
+    assert "DIFFERS" in done.stdout and "accumulation" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from tfdist import patches
 from tfdist.errors import UserError
@@ -61,18 +60,6 @@ def refuse(feature: str, strategy: str) -> None:
         able = [name for name in STRATEGIES if TABLE[feature][name] == YES]
         hint = f"; it works on {', '.join(able)}" if able else ""
         raise UserError(f"{feature} on {strategy}: {reason}{hint}")
-
-
-def with_loss_scale(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """A model that computes in float16 needs a loss scale: wraps an optimizer without one, as Keras' `compile` does. Call
-    it under the strategy's scope."""
-    half = any(layer.compute_dtype == "float16" for layer in patches.all_layers(model))
-    if not half or isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
-        return optimizer
-    logging.info(
-        "the model computes in float16: its optimizer gets a dynamic loss scale (keras.optimizers.LossScaleOptimizer)"
-    )
-    return keras.optimizers.LossScaleOptimizer(optimizer)
 
 
 def check(strategy: Strategy, optimizer: keras.optimizers.Optimizer, clip_norm: float) -> None:

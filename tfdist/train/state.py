@@ -11,9 +11,8 @@ import tensorflow as tf
 from tfdist import patches
 from tfdist.checkpoint import keys
 from tfdist.errors import CheckpointError, UserError
-from tfdist.strategies import support
 from tfdist.strategies.base import Strategy
-from tfdist.train import batch_norm
+from tfdist.train import batch_norm, loss_scale
 
 MODEL = "model/"
 _AVERAGES = "model_variables_moving_average/"
@@ -37,7 +36,7 @@ class TrainState:
                 f"and {len(strange) - 1} more made outside"
             )
         with strategy.scope():
-            self.optimizer = optimizer = support.with_loss_scale(model, optimizer)
+            self.optimizer = optimizer = loss_scale.with_scale(model, optimizer)
             if not optimizer.built:
                 try:
                     optimizer.build(model.trainable_variables)
