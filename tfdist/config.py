@@ -47,14 +47,21 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it is cut into samples."""
 
-    source: str = free(
-        "stdlib"
-    )  # the data's own hash must match, not its name: stdlib | files:GLOB[,GLOB...] | tfds:NAME | shards:DIR
-    text_key: str = match("text")  # the feature of a tfds: source that holds the text
-    tokenizer: str = match("bytes")
+    # stdlib | files:GLOB[,GLOB...] | jsonl:GLOB#KEY | tfds:NAME | bin:GLOB | shards:DIR | mix:WEIGHT*SOURCE;WEIGHT*SOURCE
+    source: str = free("stdlib")  # the data's own hash must match, not its name
+    text_key: str = match("text")  # the feature of a tfds: source, or the key of a jsonl: one, that holds the text
+    tokenizer: str = match("bytes")  # bytes | bpe:SIZE | file:tokenizer.json | ids:SIZE (of a bin: source)
     sequence_length: int = match(128)
     validation_fraction: float = match(0.02)
+    packing: str = match("joined")  # joined | separated (no attention over document borders) | padded (a document a row)
+    border_loss: bool = match(True)  # False: the first token of a document is no target
     shuffle: bool = match(True)
+    shuffle_buffer_mb: int = match(1024)  # a larger corpus is read, and shuffled, in blocks, within this much memory
+    sharding: str = match("batch")  # batch | file | hash | random | replicate: which worker reads what
+    worker_weights: str = free("")  # "2,1": worker 0 computes twice the rows of worker 1; "": as many each
+    service: bool = match(False)  # read through the data service of `tfdist launch --data_workers`: no fixed order
+    on_bad_record: str = free("refuse")  # refuse | skip
+    max_bad_records: int = free(100)  # to skip; more of them end the build
     cache_dir: str = free("")  # default: $TFDIST_CACHE, else the user's cache folder
 
 
@@ -76,6 +83,7 @@ class OptimizerConfig:
 class TrainConfig:
     num_steps: int = free(500)  # changing it re-plans the learning-rate schedule
     global_batch_size: int = match(32)  # sequences per optimizer step, over all replicas and micro-batches
+    batch_ramp: str = free("")  # "100:64,500:128": other global batches from these steps on; past steps must match
     accumulate_steps: int = match(1)  # micro-batches per optimizer step
     steps_per_loop: int = free(20)  # at most this many steps in one compiled loop
     seed: int = match(0)
@@ -145,7 +153,9 @@ _CHOICES = {
     "model.norm": ("layer", "rms"),
     "model.activation": ("gelu", "swiglu"),
     "model.dtype": ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "float64"),
-    "data.tokenizer": ("bytes",),
+    "data.packing": ("joined", "separated", "padded"),
+    "data.sharding": ("batch", "file", "hash", "random", "replicate"),
+    "data.on_bad_record": ("refuse", "skip"),
     "train.jit_compile": ("auto", "on", "off"),
     "strategy.kind": ("auto", "one_device", "mirrored", "multi_worker", "parameter_server", "tpu"),
     "strategy.reduce_dtype": ("float32", "bfloat16"),
@@ -154,17 +164,20 @@ _CHOICES = {
 _AT_LEAST_ONE = (
     "model.vocab_size", "model.num_layers", "model.num_heads", "model.model_dim", "data.sequence_length",
     "train.num_steps", "train.global_batch_size", "train.accumulate_steps", "train.steps_per_loop",
-    "train.max_skipped_steps", "checkpoint.keep_last", "log.every_steps",
+    "train.max_skipped_steps", "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",
     "optimizer.weight_decay", "train.clip_norm", "train.z_loss", "train.seed", "strategy.num_devices",
     "checkpoint.every_steps",
     "checkpoint.keep_every_steps", "eval.every_steps", "eval.batch_size", "eval.max_steps", "log.sample_tokens",
-    "strategy.bytes_per_pack", "strategy.communication_timeout_s",
+    "strategy.bytes_per_pack", "strategy.communication_timeout_s", "data.max_bad_records",
 )  # fmt: skip
 # at their defaults these do not enter the config hash: runs that were started without them go on
-_ADDED_LATER = ("optimizer.ema_momentum", "train.label_smoothing", "train.z_loss")
+_ADDED_LATER = (
+    "optimizer.ema_momentum", "train.label_smoothing", "train.z_loss", "data.packing", "data.border_loss",
+    "data.shuffle_buffer_mb", "data.sharding", "data.service",
+)  # fmt: skip
 _BELOW_ONE = ("model.dropout", "data.validation_fraction", "optimizer.ema_momentum", "train.label_smoothing")
 
 
@@ -215,12 +228,39 @@ def validate(config: Config) -> Config:
             "model.positions: rotary needs an even head size (model_dim / num_heads), found "
             f"{model.model_dim // model.num_heads}"
         )
-    if train.accumulate_steps > train.global_batch_size:
+    smallest = min(size for _, size in batch_sizes(config))
+    if train.accumulate_steps > smallest:
         raise ValueError(
-            f"train.accumulate_steps: expected at most train.global_batch_size={train.global_batch_size}, "
-            f"found {train.accumulate_steps}"
+            f"train.accumulate_steps: expected at most train.global_batch_size={smallest}, found {train.accumulate_steps}"
         )
+    worker_weights(config)
+    if config.data.service and config.data.packing != "joined":
+        raise ValueError(f"data.service: expected data.packing=joined, found {config.data.packing}")
     return config
+
+
+def batch_sizes(config: Config) -> list[tuple[int, int]]:
+    """(first step, global batch size) of each phase of the run, from `train.batch_ramp`."""
+    phases = [(0, config.train.global_batch_size)]
+    for item in filter(None, config.train.batch_ramp.split(",")):
+        step, colon, size = item.partition(":")
+        if not (colon and step.isdigit() and size.isdigit() and int(size) > 0 and int(step) > phases[-1][0]):
+            raise ValueError(
+                f"train.batch_ramp: expected STEP:SIZE,STEP:SIZE with rising steps, found {config.train.batch_ramp!r}"
+            )
+        phases.append((int(step), int(size)))
+    return phases
+
+
+def worker_weights(config: Config) -> tuple[float, ...]:
+    """Of `data.worker_weights`; empty when none are given."""
+    try:
+        weights = tuple(float(item) for item in filter(None, config.data.worker_weights.split(",")))
+    except ValueError:
+        weights = (-1.0,)
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"data.worker_weights: expected numbers above 0, like 2,1, found {config.data.worker_weights!r}")
+    return weights
 
 
 def to_json(config: Config) -> str:

@@ -26,6 +26,7 @@ class Workdir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.json"
+        self.tokenizer = self.path / "tokenizer.json"  # of a tokenizer that its name alone does not restore
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"

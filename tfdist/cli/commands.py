@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
 import sys
 import time
@@ -15,7 +16,8 @@ from tfdist.cli import job
 from tfdist.cli.processes import workdir_of
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token, resolve
-from tfdist.config import to_json
+from tfdist.config import to_json, worker_weights
+from tfdist.data import audit as data_audit
 from tfdist.errors import CheckpointError, UserError
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
@@ -37,12 +39,14 @@ def train(flags) -> None:
     if cluster.task.type == "evaluator":
         evaluate_checkpoints(config, Workdir(path), flags.fresh)
         return
-    strategy = select.make(config.strategy, cluster, config.cluster)
+    strategy = select.make(config.strategy, cluster, config.cluster, worker_weights(config))
     dataset = job.open_data(config)
     job.agree_on_data(strategy, dataset.data_hash)
     train_data, eval_data = job.train_data(config, dataset), job.eval_data(config, dataset)
     workdir = job.take_workdir(path, config, flags.fresh) if strategy.is_chief else Workdir(path)
-    trainer = job.build_trainer(config, strategy, dataset.data_hash, workdir)
+    if strategy.is_chief:
+        job.keep_tokenizer(dataset, workdir)
+    trainer = job.build_trainer(config, strategy, dataset, workdir)
     if not trainer.restore(workdir.path) and config.train.init_from:
         if strategy.is_chief:
             job.load_weights(trainer.model, config.train.init_from)
@@ -81,7 +85,7 @@ def evaluate_checkpoints(config, workdir: Workdir, fresh: bool) -> None:
     last step. Of a `fresh` run it waits for the beginning."""
     strategy = local_strategy(config)
     dataset = job.open_data(config)
-    model = job.build_model(config, strategy)
+    model = job.build_model(config, strategy, dataset.document_start)
     eval_data, steps = job.eval_data(config, dataset), evaluation(config, strategy, model)
     writers, done = [Terminal()], -1
     while done < config.train.num_steps:
@@ -117,7 +121,8 @@ def evaluation(config, strategy, model):
 def _sample(config, model, workdir: Workdir, step: int) -> str:
     """A text that the model starts by itself, also kept in the workdir."""
     num_tokens = min(config.log.sample_tokens, config.data.sequence_length - 1)
-    text = generate_text(model, "", num_tokens, Sampling(temperature=0.8, seed=config.train.seed)) if num_tokens else ""
+    sampling, tokenizer = Sampling(temperature=0.8, seed=config.train.seed), job.text_tokenizer(config, workdir)
+    text = generate_text(model, "", num_tokens, sampling, tokenizer) if num_tokens and tokenizer.document_start >= 0 else ""
     workdir.samples.mkdir(exist_ok=True)
     write_atomically(workdir.samples / f"step-{step:08d}.txt", text)
     return text
@@ -140,6 +145,13 @@ def verify(flags) -> None:
     sys.exit(report.exit_code)
 
 
+def audit(flags) -> None:
+    """Which worker reads what, without a cluster; exit code 7 where a sample is missing or read twice."""
+    report = data_audit.audit(job.open_data(flags.config), flags.config, flags.workers, flags.steps)
+    print(json.dumps(report.as_dict()) if flags.json else report)
+    sys.exit(report.exit_code)
+
+
 def local_strategy(config):
     """For what runs on this machine alone, whatever the run was trained on."""
     kind = config.strategy.kind if config.strategy.kind in ("one_device", "mirrored") else "auto"
@@ -154,19 +166,21 @@ def eval(flags) -> None:
     model, step = job.restored_model(config, strategy, workdir)
     iterator = strategy.distribute(job.eval_data(config, dataset, flags.split))
     result = evaluate.run(evaluation(config, strategy, model), iterator)
-    bits = result.bits_per_byte(dataset.splits[flags.split].bytes_per_token)
+    bytes_per_token = dataset.splits[flags.split].bytes_per_token
+    bits = f"{result.bits_per_byte(bytes_per_token):.6f} bits per byte, " if bytes_per_token else ""
     print(
-        f"step {step}: {flags.split} loss {result.loss:.6f}, perplexity {result.perplexity:.4f}, {bits:.6f} bits per "
-        f"byte, {result.tokens:,} tokens"
+        f"step {step}: {flags.split} loss {result.loss:.6f}, perplexity {result.perplexity:.4f}, {bits}"
+        f"{result.tokens:,} tokens"
     )
 
 
 def generate(flags) -> None:
     """Text that goes on from a prompt."""
-    model, _ = job.restored_model(flags.config, local_strategy(flags.config), Workdir(flags.workdir))
+    workdir = Workdir(flags.workdir)
+    model, _ = job.restored_model(flags.config, local_strategy(flags.config), workdir)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     num_tokens = flags.num_tokens or min(200, flags.config.data.sequence_length - 1)
-    print(generate_text(model, flags.prompt, num_tokens, sampling))
+    print(generate_text(model, flags.prompt, num_tokens, sampling, job.text_tokenizer(flags.config, workdir)))
 
 
 def export(flags) -> None:

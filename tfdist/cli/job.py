@@ -11,7 +11,7 @@ from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token
 from tfdist.config import Config, config_hash, differing_fields, from_json, to_json
-from tfdist.data import shards
+from tfdist.data import shards, tokenizer
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
 from tfdist.errors import CheckpointError, DataError, UserError
 from tfdist.metrics import meters
@@ -29,7 +29,7 @@ def open_data(config: Config) -> shards.TokenDataset:
     supervisor().phase("data")
     default = os.environ.get("TFDIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tfdist"
     cache_dir = Path(config.data.cache_dir or default).expanduser()
-    dataset = shards.open_source(config.data.source, config.data.text_key, config.data.validation_fraction, cache_dir)
+    dataset = shards.open_source(config.data, cache_dir)
     if dataset.vocab_size > config.model.vocab_size:
         raise DataError(
             f"model.vocab_size: expected at least {dataset.vocab_size} (the tokenizer of {dataset.path}), found "
@@ -38,33 +38,24 @@ def open_data(config: Config) -> shards.TokenDataset:
     return dataset
 
 
-def train_data(config: Config, dataset: shards.TokenDataset) -> DatasetFn:
-    return train_dataset_fn(
-        dataset,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.train.global_batch_size,
-        accumulate_steps=config.train.accumulate_steps,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-        vocab_size=config.model.vocab_size,
-    )
+def train_data(config: Config, dataset: shards.TokenDataset, phase: int = 0) -> DatasetFn:
+    return train_dataset_fn(dataset, config, phase)
 
 
 def eval_data(config: Config, dataset: shards.TokenDataset, split: str = "validation") -> DatasetFn:
-    return eval_dataset_fn(
-        dataset,
-        split,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.eval.batch_size or config.train.global_batch_size,
-        vocab_size=config.model.vocab_size,
-    )
+    return eval_dataset_fn(dataset, config, split)
 
 
-def build_model(config: Config, strategy: Strategy) -> TransformerLM:
-    """On every replica, with initial weights that depend on the seed alone."""
+def build_model(config: Config, strategy: Strategy, document_start: int) -> TransformerLM:
+    """On every replica, with initial weights that depend on the seed alone. `document_start`: of the tokenizer."""
     keras.utils.set_random_seed(config.train.seed)
     with strategy.scope():
-        return TransformerLM(config.model, config.data.sequence_length)
+        return _model(config, document_start)
+
+
+def _model(config: Config, document_start: int) -> TransformerLM:
+    separated = config.data.packing == "separated"
+    return TransformerLM(config.model, config.data.sequence_length, document_start if separated else -1)
 
 
 def agree_on_data(strategy: Strategy, data_hash: str) -> None:
@@ -87,8 +78,8 @@ def peak_flops(config: Config, strategy: Strategy) -> meters.Peak:
     return meters.Peak(sum(rates), mine.source + (f", of {len(rates)} workers" if len(rates) > 1 else ""))
 
 
-def build_trainer(config: Config, strategy: Strategy, data_hash: str, workdir: Workdir) -> Trainer:
-    model = build_model(config, strategy)
+def build_trainer(config: Config, strategy: Strategy, dataset: shards.TokenDataset, workdir: Workdir) -> Trainer:
+    model, data_hash = build_model(config, strategy, dataset.document_start), dataset.data_hash
     with strategy.scope():
         optimizer = adamw(config.optimizer, config.train.num_steps, model)
     writers = [Terminal(config.train.num_steps)] if strategy.is_chief else []
@@ -116,7 +107,7 @@ def verification_subject(config_json: str) -> Subject:
     config = from_json(config_json)
     dataset = open_data(config)
     return Subject(
-        model_fn=lambda: TransformerLM(config.model, config.data.sequence_length),
+        model_fn=lambda: _model(config, dataset.document_start),
         optimizer_fn=lambda model: adamw(config.optimizer, config.train.num_steps, model),
         loss=training_loss(config.train.label_smoothing, config.train.z_loss),
         dataset_fn=train_data(config, dataset),
@@ -162,8 +153,20 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
 
 def restored_model(config: Config, strategy: Strategy, workdir: Workdir) -> tuple[TransformerLM, int]:
     """The model of the newest good checkpoint, and its step."""
-    model = build_model(config, strategy)
+    model = build_model(config, strategy, text_tokenizer(config, workdir).document_start)
     return model, load_weights(model, str(workdir.path))
+
+
+def keep_tokenizer(dataset: shards.TokenDataset, workdir: Workdir) -> None:
+    """A run can be sampled from without its data."""
+    json = dataset.make_tokenizer().json
+    if json:
+        write_atomically(workdir.tokenizer, json)
+
+
+def text_tokenizer(config: Config, workdir: Workdir) -> tokenizer.Tokenizer:
+    """The one that a run was trained with."""
+    return tokenizer.restore(config.data.tokenizer, workdir.path)
 
 
 def load_weights(model: TransformerLM, origin: str) -> int:

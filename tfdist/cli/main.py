@@ -23,6 +23,8 @@ USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same ans
   tfdist eval     --workdir=runs/a                               exact loss, perplexity and bits per byte
   tfdist generate --workdir=runs/a --prompt='def '               sample from the model
   tfdist export   --workdir=runs/a --out=model.keras             the trained model as a Keras file
+  tfdist data build --source=files:GLOB --out=FOLDER             tokenise a corpus once; data inspect FOLDER shows it
+  tfdist data audit --config=configs/lm_tiny.py --workers=4      which worker reads what
   tfdist launch   --workers=2 -- train --config=...              a cluster of processes on this machine
   tfdist launch   --workers=2 -- python script.py                the same for any TensorFlow program
   tfdist supervise -- python script.py                           one task of a cluster (TF_CONFIG, Slurm, Kubernetes)
@@ -32,7 +34,7 @@ USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same ans
 Any config value can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
 
 _RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
-_COMMANDS = (*_RUN_COMMANDS, "launch", "supervise", "doctor")
+_COMMANDS = (*_RUN_COMMANDS, "data", "launch", "supervise", "doctor")
 
 
 def main() -> None:
@@ -48,7 +50,15 @@ def main() -> None:
     command, *rest = arguments
     if command not in _COMMANDS:
         fail(f"expected a command ({', '.join(_COMMANDS)}), found {command!r}{near(command, _COMMANDS)}")
-    if command in _RUN_COMMANDS:
+    if command == "data":
+        from tfdist.cli import data
+
+        command, rest = (rest[0], rest[1:]) if rest else ("", [])
+        if command not in data.COMMANDS:
+            fail(f"data: expected {', '.join(data.COMMANDS)}, found {command!r}{near(command, data.COMMANDS)}")
+        if command != "audit":
+            data.main(command, rest)
+    if command in (*_RUN_COMMANDS, "audit"):
         argv = [f"tfdist {command}", *rest]
         _define_flags(command, argv)
         app.run(lambda _: _run(command, rest), argv=argv, flags_parser=lambda args: _parse(command, args))
@@ -60,8 +70,14 @@ def _define_flags(command: str, argv: list[str]) -> None:
     for name in _given_overrides(argv):
         if name not in config.field_names():
             fail(f"unknown config key {name!r}{near(name, config.field_names())}")
-    if command == "verify":
+    if command in ("verify", "audit"):
         config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
+    if command == "audit":
+        flags.DEFINE_integer("workers", 1, "how many workers read", lower_bound=1)
+        flags.DEFINE_integer("steps", 100, "how many steps to read", lower_bound=1)
+        flags.DEFINE_bool("json", False, "one JSON object, with all documents of each worker")
+        return
+    if command == "verify":
         flags.DEFINE_list(
             "strategies", list(STRATEGIES), "what to compare with one_device: mirrored:2, multi_worker:2x1, ..."
         )
@@ -115,7 +131,7 @@ def _parse(command: str, argv: list[str]) -> list[str]:
         print(_help(command))
         sys.exit(errors.DONE)
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    if command in ("train", "verify") and given and not os.path.isfile(given[-1]):
+    if command in ("train", "verify", "audit") and given and not os.path.isfile(given[-1]):
         fail(f"--config: expected a Python file with get_config(), found no file {given[-1]!r}")
     try:
         positional = flags.FLAGS(argv)

@@ -1,30 +1,24 @@
-"""Tokenised text on disk: `.npy` shards and a `dataset.json`, in a cache that is addressed by content.
+"""Tokenised text on disk: `.npy` shards and a `dataset.json`, opened and checked, or built into a cache first.
 
-A dataset is built once, under a temporary name, by one builder at a time, and renamed into place; readers never see half
-of one. Its address and `data_hash` is a hash of everything that determines the tokens.
+The cache is addressed by content: a hash of everything that determines the tokens.
 """
 
-import contextlib
+import concurrent.futures
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tfdist.cluster.link import supervisor
-from tfdist.data import corpus
-from tfdist.data.tokenizer import ByteTokenizer
+from tfdist.config import DataConfig
+from tfdist.data import build, corpus, tokenizer
 from tfdist.errors import DataError
 
-_FORMAT = 1
-_SHARD_TOKENS = 1 << 25  # 64 MiB of uint16
-_INDEX = "dataset.json"
+_VERIFIED = ".verified.json"  # sizes and times of the files whose checksums were found right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +27,15 @@ class Shard:
     tokens: int
     header_bytes: int
     dtype: str
+    documents: int  # how many begin in it
+
+    def starts_and_keys(self) -> np.ndarray:
+        """int64 [documents, 2]: the first token of each document that begins here, and its key."""
+        return np.load(self.path.with_name(self.path.stem + build.DOCUMENTS), mmap_mode="r")
+
+    def read(self) -> np.ndarray:
+        """Its tokens, mapped from the file."""
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,160 +43,218 @@ class Split:
     shards: tuple[Shard, ...]
     tokens: int
     documents: int
-    text_bytes: int
+    text_bytes: int  # 0: unknown
 
     @property
     def bytes_per_token(self) -> float:
-        """Turns nats per token into bits per byte."""
-        return self.text_bytes / self.tokens
+        """Turns nats per token into bits per byte; 0 where the text is not known."""
+        return self.text_bytes / max(self.tokens, 1)
+
+    def starts_and_keys(self) -> np.ndarray:
+        """int64 [documents, 2]: the first token of each document in the split, and its key."""
+        found, before = [np.zeros((0, 2), np.int64)], 0
+        for shard in self.shards:
+            found.append(shard.starts_and_keys() + np.array([before, 0]))
+            before += shard.tokens
+        return np.concatenate(found)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenDataset:
+    """One dataset, or a mixture of several: then `splits` holds the shards of all, one dataset after another."""
+
     path: Path
     data_hash: str
     tokenizer: str
+    tokenizer_hash: str
     vocab_size: int
+    document_start: int  # the token that stands before every document; -1: there is none
     splits: dict[str, Split]
+    mixture: tuple[tuple[float, "TokenDataset"], ...] = ()  # (weight, dataset)
+
+    def parts(self) -> tuple[tuple[float, "TokenDataset"], ...]:
+        return self.mixture or ((1.0, self),)
+
+    def make_tokenizer(self) -> tokenizer.Tokenizer:
+        return tokenizer.restore(self.tokenizer, self.path)
 
 
-def open_source(source: str, text_key: str, validation_fraction: float, cache_dir: Path) -> TokenDataset:
-    """The token dataset of a source, built into the cache if it is not there yet. Raises `DataError`."""
-    if source.startswith("shards:"):
-        return read(Path(source.removeprefix("shards:")))
-
-    def documents() -> Iterator[corpus.Document]:
-        for document in corpus.documents(source, text_key, validation_fraction):
-            supervisor().tick()
-            yield document
-
-    tokenizer = ByteTokenizer()
-    data_hash = content_hash(documents(), tokenizer)
-    final = cache_dir / data_hash
-    if not (final / _INDEX).exists():
+def open_source(config: DataConfig, cache_dir: Path) -> TokenDataset:
+    """The token dataset of `data.source`, built into the cache if it is not there yet. Raises `DataError`."""
+    if config.source.startswith("mix:"):
+        return _mixture(config, cache_dir)
+    if config.source.startswith("shards:"):
+        found = read(Path(config.source.removeprefix("shards:")))
+        _check_tokenizer(found, config.tokenizer)
+        return found
+    plan = corpus.plan(config.source, config.text_key, config.validation_fraction, config.on_bad_record)
+    final = cache_dir / content_hash(plan, config.tokenizer)
+    if not (final / build.INDEX).exists():
         _make_writable(cache_dir)
-        with _one_builder(cache_dir / f"{data_hash}.lock"):
-            if not (final / _INDEX).exists():
-                build(documents, tokenizer, source, data_hash, final)
+        build.build(plan, config.tokenizer, config.source, final, max_bad_records=config.max_bad_records)
     return read(final)
 
 
-def content_hash(documents: Iterable[corpus.Document], tokenizer: ByteTokenizer) -> str:
+def _mixture(config: DataConfig, cache_dir: Path) -> TokenDataset:
+    parts = []
+    for part in config.source.removeprefix("mix:").split(";"):
+        weight, star, source = part.partition("*")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = -1.0
+        if not star or not 0 < number < float("inf"):
+            raise DataError(f"data.source: expected mix:WEIGHT*SOURCE;WEIGHT*SOURCE with weights above 0, found {part!r}")
+        parts.append((number, open_source(dataclasses.replace(config, source=source), cache_dir)))
+    _, first = parts[0]
+    for _, other in parts:
+        if other.tokenizer_hash != first.tokenizer_hash:
+            raise DataError(f"data.source: expected one tokenizer in a mixture, found {first.tokenizer} in {first.path} and "
+                            f"{other.tokenizer} in {other.path}; build them with the same file:tokenizer.json")  # fmt: skip
+    splits = {
+        name: Split(
+            tuple(shard for _, part in parts for shard in part.splits[name].shards),
+            *(
+                sum(getattr(part.splits[name], field) for _, part in parts)
+                for field in ("tokens", "documents", "text_bytes")
+            ),
+        )
+        for name in first.splits
+    }
+    whole = "/".join(f"{weight!r}*{part.data_hash}" for weight, part in parts)
+    data_hash = hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return dataclasses.replace(first, data_hash=data_hash, splits=splits, mixture=tuple(parts))
+
+
+def _check_tokenizer(found: TokenDataset, spec: str) -> None:
+    kind, value = tokenizer.kind_and_value(spec)
+    same = found.tokenizer == spec
+    if kind == "file":
+        same = tokenizer.fingerprint(tokenizer.make(spec, ())) == found.tokenizer_hash
+    if not same:
+        raise DataError(
+            f"data.tokenizer: expected {found.tokenizer} (of {found.path}), found {spec}; "
+            f"--config.data.tokenizer={found.tokenizer}"
+        )
+
+
+def content_hash(plan: corpus.Plan, spec: str) -> str:
     """Of the texts, their names, order and split, and the tokenizer: not of where the files lie or when they changed."""
-    digest = hashlib.sha256(f"{_FORMAT}/{tokenizer.name}/{tokenizer.vocab_size}".encode())
-    for document in documents:
-        digest.update(f"/{document.split}/{document.name}/{len(document.text)}/".encode())
-        digest.update(hashlib.sha256(document.text).digest())
+    kind, _ = tokenizer.kind_and_value(spec)
+    name = tokenizer.fingerprint(tokenizer.make(spec, ())) if kind == "file" else spec
+    digest = hashlib.sha256(f"{build.FORMAT}/{name}/{build.SHARD_TOKENS}".encode())
+    for part in plan.documents():
+        if isinstance(part, corpus.Part):
+            text = part.text if part.tokens is None else part.tokens.tobytes()
+            digest.update(f"/{part.split}/{part.name}/{part.begins}/{len(text)}/".encode(errors="surrogateescape"))
+            digest.update(text)
     return digest.hexdigest()[:32]
 
 
-def build(
-    documents: Callable[[], Iterable[corpus.Document]],
-    tokenizer: ByteTokenizer,
-    source: str,
-    data_hash: str,
-    final: Path,
-) -> None:
-    """Writes the dataset at `final`, atomically."""
-    temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's are for the owner alone; a cache may be shared
-        writers = {split: _SplitWriter(temporary, split) for split in (corpus.TRAIN, corpus.VALIDATION)}
-        for document in documents():
-            writers[document.split].add(tokenizer.encode_document(document.text), len(document.text))
-        index = {
-            "format": _FORMAT,
-            "data_hash": data_hash,
-            "source": source,
-            "tokenizer": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "splits": {split: writer.finish() for split, writer in writers.items()},
-        }
-        with open(temporary / _INDEX, "w") as file:
-            json.dump(index, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # a directory without an index: left by hand
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-    except OSError as error:
-        raise DataError(f"data: cannot build the token cache in {final.parent}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def read(path: Path) -> TokenDataset:
-    """Opens a built dataset; checks that every shard is there, as long as the index says, and within the vocabulary."""
+    """Opens a built dataset. Checks that all shards are there, no others, and that none has changed: sizes and types each
+    time, SHA-256 and token ids once (a file of the same size and time is not read again)."""
+    index = _read_index(path)
     try:
-        index = json.loads((path / _INDEX).read_text())
+        splits = {
+            name: Split(
+                tuple(_open_shard(path / s["file"], s, index["dtype"]) for s in split["shards"]),
+                *(split[field] for field in ("tokens", "documents", "text_bytes")),
+            )
+            for name, split in index["splits"].items()
+        }
+        shards = [shard for split in index["splits"].values() for shard in split["shards"]]
+        known = {name for s in shards for name in (s["file"], Path(s["file"]).stem + build.DOCUMENTS)}
+        extra = sorted({p.name for p in path.glob("*.npy")} - known)
+        if extra:
+            raise DataError(f"data: expected the shards of {path / build.INDEX}, found another: {extra[0]}; move it away")
+        _verify(path, shards, index["vocab_size"])
+        return TokenDataset(
+            path, index["data_hash"], index["tokenizer"], index["tokenizer_hash"], index["vocab_size"],
+            index["document_start"], splits,
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"data: {path / build.INDEX} is damaged ({type(error).__name__}: {error}); build it again"
+        ) from error
+
+
+def _read_index(path: Path) -> dict:
+    file = path / build.INDEX
+    try:
+        index = json.loads(file.read_text())
     except FileNotFoundError:
-        raise DataError(f"data: expected a token dataset ({_INDEX}) in {path}, found none") from None
+        raise DataError(f"data: expected a token dataset ({build.INDEX}) in {path}, found none") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"data: cannot read {path / _INDEX}: {error}") from error
-    if index.get("format") != _FORMAT:
-        raise DataError(f"data: expected format {_FORMAT} in {path / _INDEX}, found {index.get('format')!r}")
-    splits = {
-        name: Split(
-            tuple(_open_shard(path / s["file"], s["tokens"], index["vocab_size"]) for s in split["shards"]),
-            tokens=sum(shard["tokens"] for shard in split["shards"]),
-            documents=split["documents"],
-            text_bytes=split["text_bytes"],
-        )
-        for name, split in index["splits"].items()
-    }
-    return TokenDataset(path, index["data_hash"], index["tokenizer"], index["vocab_size"], splits)
+        raise DataError(f"data: cannot read {file}: {error}") from error
+    if not isinstance(index, dict) or index.get("format") != build.FORMAT:
+        found = index.get("format") if isinstance(index, dict) else index
+        raise DataError(f"data: expected format {build.FORMAT} in {file}, found {found!r}; build it again")
+    return index
 
 
-def _open_shard(path: Path, tokens: int, vocab_size: int) -> Shard:
+def _open_shard(path: Path, entry: dict, dtype: str) -> Shard:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: cannot read shard {path}: {error}") from error
-    if array.ndim != 1 or array.dtype not in (np.uint16, np.uint32) or len(array) != tokens:
+        size = path.stat().st_size
+        documents = np.load(path.with_name(path.stem + build.DOCUMENTS), mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"data: expected the shard {error.filename}, found no such file; build the dataset again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"data: cannot read shard {path}: {error}; build the dataset again") from error
+    if array.ndim != 1 or array.dtype.name != dtype or len(array) != entry["tokens"]:
         raise DataError(
-            f"data: expected {tokens} tokens of uint16 or uint32 in {path}, found {array.dtype} {list(array.shape)}"
+            f"data: expected {entry['tokens']} tokens of {dtype} in {path}, found {array.dtype} {list(array.shape)}"
         )
-    if tokens and array.max() >= vocab_size:
-        raise DataError(f"data: expected token ids below its vocabulary of {vocab_size}, found {array.max()} in {path}")
-    return Shard(path, tokens, header_bytes=path.stat().st_size - array.nbytes, dtype=array.dtype.name)
+    if documents.shape != (entry["documents"], 2):
+        raise DataError(f"data: expected {entry['documents']} documents in {path}, found {list(documents.shape)}")
+    return Shard(path, entry["tokens"], size - array.nbytes, dtype, entry["documents"])
 
 
-class _SplitWriter:
-    """Collects documents into shards of at most about `_SHARD_TOKENS` tokens; a document is never cut."""
+def _verify(path: Path, shards: list[dict], vocab_size: int) -> None:
+    """Reads what has not been read in this state before, and remembers it where the folder can be written."""
+    expected = {}
+    for entry in shards:
+        expected[entry["file"]] = entry["sha256"]
+        expected[Path(entry["file"]).stem + build.DOCUMENTS] = entry["documents_sha256"]
+    states = {}
+    for name, checksum in expected.items():
+        stat = (path / name).stat()
+        states[name] = [stat.st_size, stat.st_mtime_ns, checksum, vocab_size]
+    try:
+        verified = json.loads((path / _VERIFIED).read_text())
+        new = [name for name, state in states.items() if verified.get(name) != state]
+    except (OSError, ValueError, AttributeError):
+        new = list(states)
+    if not new:
+        return
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing runs outside of Python's lock
+        for name, checksum in zip(new, pool.map(lambda name: _checksum(path / name, vocab_size), new), strict=True):
+            if checksum != expected[name]:
+                raise DataError(
+                    f"data: expected the SHA-256 {expected[name][:12]}... of {path / name}, found {checksum[:12]}...: the "
+                    "file has changed since it was built; build the dataset again"
+                )
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path, prefix=_VERIFIED, delete=False) as file:
+            json.dump(states, file)
+        os.replace(file.name, path / _VERIFIED)
+    except OSError:
+        return  # a folder of somebody else's: read again the next time
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
-        self.pending: list[np.ndarray] = []
-        self.pending_tokens = self.pending_documents = self.documents = self.text_bytes = 0
-        self.shards: list[dict] = []
 
-    def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        if self.pending and self.pending_tokens + len(tokens) > _SHARD_TOKENS:
-            self.flush()
-        self.pending.append(tokens)
-        self.pending_tokens += len(tokens)
-        self.pending_documents += 1
-        self.text_bytes += text_bytes
-
-    def flush(self) -> None:
-        path = self.folder / f"{self.split}-{len(self.shards):05d}.npy"
-        with open(path, "wb") as file:
-            np.save(file, np.concatenate(self.pending))
-            file.flush()
-            os.fsync(file.fileno())
-        self.shards.append({
-            "file": path.name,
-            "tokens": self.pending_tokens,
-            "documents": self.pending_documents,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        })  # fmt: skip
-        self.documents += self.pending_documents
-        self.pending, self.pending_tokens, self.pending_documents = [], 0, 0
-
-    def finish(self) -> dict:
-        if self.pending:
-            self.flush()
-        return {"shards": self.shards, "documents": self.documents, "text_bytes": self.text_bytes}
+def _checksum(path: Path, vocab_size: int) -> str:
+    digest, largest = hashlib.sha256(), -1
+    array = None if path.name.endswith(build.DOCUMENTS) else np.load(path, mmap_mode="r")
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            supervisor().tick()
+    for start in range(0, 0 if array is None else len(array), 1 << 21):
+        largest = max(largest, int(array[start : start + (1 << 21)].max()))
+    if largest >= vocab_size:
+        raise DataError(f"data: expected token ids below its vocabulary of {vocab_size}, found {largest} in {path}")
+    return digest.hexdigest()
 
 
 def _make_writable(cache_dir: Path) -> None:
@@ -204,10 +265,3 @@ def _make_writable(cache_dir: Path) -> None:
         raise DataError(
             f"data: cannot create the cache {cache_dir}: {error.strerror}; set TFDIST_CACHE or data.cache_dir"
         ) from error
-
-
-@contextlib.contextmanager
-def _one_builder(path: Path):
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tfdist.cluster.link import supervisor
@@ -19,35 +20,36 @@ _POLL_S = 0.25
 _PREPARE = "import sys, tensorflow_datasets as tfds; tfds.builder(sys.argv[1]).download_and_prepare()"
 
 
-def read(name: str, text_key: str) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]] | None]:
-    """(train documents, validation documents or None), each (name, text). `TFDS_DATA_DIR` says where they lie."""
+def prepare(name: str, text_key: str) -> tuple[Path, dict[str, int]]:
+    """The folder of a dataset, downloaded if need be, and how many examples its train split, and its validation (else
+    test) split if it has one, have. `TFDS_DATA_DIR` says where datasets lie."""
     import tensorflow_datasets as tfds
 
     if not _prepared(tfds, name):
         _check_known(tfds, name)
         _download(tfds, name)
     # the files alone are enough from here on; building by name would ask the network for metadata
-    builder = tfds.builder_from_directory(_prepared(tfds, name))
-    if text_key not in builder.info.features:
-        raise DataError(
-            f"data.text_key: expected a feature of tfds:{name} ({', '.join(builder.info.features)}), found {text_key!r}"
-        )
-    splits = builder.info.splits
-    if "train" not in splits:
-        raise DataError(f"data.source: expected a train split in tfds:{name}, found {', '.join(splits)}")
-    held_out = next((split for split in ("validation", "test") if split in splits), None)
-    return _documents(builder, "train", text_key), held_out and _documents(builder, held_out, text_key)
+    folder = _prepared(tfds, name)
+    info = tfds.builder_from_directory(folder).info
+    if text_key not in info.features:
+        raise DataError(f"data.text_key: expected a feature of tfds:{name} ({', '.join(info.features)}), found {text_key!r}")
+    if info.features[text_key].dtype not in (str, "string", bytes, object):
+        raise DataError(f"data.text_key: expected text in feature {text_key!r}, found {info.features[text_key].dtype}")
+    if "train" not in info.splits:
+        raise DataError(f"data.source: expected a train split in tfds:{name}, found {', '.join(info.splits)}")
+    held_out = [split for split in ("validation", "test") if split in info.splits][:1]
+    return folder, {split: info.splits[split].num_examples for split in ("train", *held_out)}
 
 
-def _documents(builder, split: str, text_key: str) -> list[tuple[str, bytes]]:
+def read(folder: str, split: str, text_key: str, start: int, end: int) -> Iterator[bytes]:
+    """The texts of examples [start, end) of a split, in on-disk order."""
     import tensorflow_datasets as tfds
 
-    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)  # on-disk order
-    rows = builder.as_dataset(split=split, shuffle_files=False, read_config=read_config).as_numpy_iterator()
-    texts = [row[text_key] for row in rows]
-    if texts and not isinstance(texts[0], bytes):
-        raise DataError(f"data.text_key: expected text in feature {text_key!r}, found {type(texts[0]).__name__}")
-    return [(f"{split}/{i}", text) for i, text in enumerate(texts)]
+    builder = tfds.builder_from_directory(folder)
+    in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    part = tfds.core.ReadInstruction(split, from_=start, to=end, unit="abs")
+    for row in builder.as_dataset(split=part, shuffle_files=False, read_config=in_order).as_numpy_iterator():
+        yield row[text_key]
 
 
 def _data_dir(tfds) -> Path:

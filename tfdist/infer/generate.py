@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import numpy as np
 import tensorflow as tf
 
-from tfdist.data.tokenizer import ByteTokenizer
+from tfdist.data.tokenizer import ByteTokenizer, Tokenizer
 from tfdist.errors import UserError
 from tfdist.models.transformer import TransformerLM
 
@@ -27,11 +28,17 @@ class Sampling:
             raise UserError(f"top_p: expected 0 < p <= 1, found {self.top_p}")
 
 
-def generate_text(model: TransformerLM, prompt: str, num_tokens: int, sampling: Sampling) -> str:
-    """The prompt and up to `num_tokens` more. What does not fit the model's context is left out at the left."""
-    tokenizer = ByteTokenizer()
+def generate_text(
+    model: TransformerLM, prompt: str, num_tokens: int, sampling: Sampling, tokenizer: Tokenizer | None = None
+) -> str:  # fmt: skip
+    """The prompt and up to `num_tokens` more. What does not fit the model's context is left out at the left.
+
+    `tokenizer`: what the model was trained with; default: bytes.
+    """
+    tokenizer = tokenizer or ByteTokenizer()
     tokens = tokenizer.encode_prompt(prompt)
-    allowed = tf.range(model.config.vocab_size) < 256  # bytes only: no specials, nothing from a padded vocabulary
+    text = tokenizer.is_text()  # no specials, nothing from a padded vocabulary
+    allowed = tf.constant(np.pad(text, (0, model.config.vocab_size - len(text))))
     room = model.sequence_length - num_tokens
     if room < 1:
         raise UserError(f"num_tokens: expected less than the model's context of {model.sequence_length}, found {num_tokens}")

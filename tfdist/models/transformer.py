@@ -20,7 +20,10 @@ _INIT_STDDEV = 0.02  # GPT-2
 
 
 def rotate(x, positions, theta: float):
-    """Rotary position embedding (arXiv:2104.09864), halves layout as in Llama. x [B, T, heads, D], positions [T]."""
+    """Rotary position embedding (arXiv:2104.09864), halves layout as in Llama. x [B, T, heads, D], positions [T].
+
+    Only differences of positions count, so a document in the middle of a row needs none of its own.
+    """
     half = x.shape[-1] // 2
     frequency = theta ** (-tf.range(half, dtype=tf.float32) / half)  # [D/2]
     angle = tf.cast(positions, tf.float32)[:, None] * frequency  # [T, D/2]
@@ -63,8 +66,9 @@ class Attention(keras.layers.Layer):
         for layer in (self.query, self.key, self.value, self.output_projection):
             layer.build(shape)
 
-    def call(self, x, cache=None, start=0):
+    def call(self, x, cache=None, start=0, documents=None):
         """x [B, T, d]. With a `cache` (keys, values: [B, S, K, D]) writes this call's T entries at `start`, reads all.
+        `documents` [B, T]: tokens see those of their own document only; without a cache.
 
         Returns the output [B, T, d], and the cache after the write (None without one).
         """
@@ -84,10 +88,10 @@ class Attention(keras.layers.Layer):
         q = tf.transpose(tf.reshape(q * size**-0.5, [rows, length, kv, group, size]), [0, 2, 3, 1, 4])  # [B, K, G, T, D]
         k, v = tf.transpose(k, [0, 2, 1, 3]), tf.transpose(v, [0, 2, 1, 3])  # [B, K, S, D]
         if cache is not None or q.dtype.size < 4:  # 16 bits run op by op on a CPU: more, smaller ops would not pay
-            mixed = attend(q, k, v, positions)
+            mixed = attend(q, k, v, positions, documents)
         else:  # a block of queries needs no keys behind its own end: with four blocks 3/8 of the work falls away
             blocks = [
-                attend(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], positions[start:end])
+                attend(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], positions[start:end], documents)
                 for start, end in _query_blocks(length)
             ]
             mixed = tf.concat(blocks, axis=3)
@@ -95,12 +99,16 @@ class Attention(keras.layers.Layer):
         return self.output_projection(mixed), cache
 
 
-def attend(q, k, v, positions):
-    """Softmax attention of queries [B, K, G, T, D] at `positions` [T] over keys and values [B, K, S, D] up to there."""
+def attend(q, k, v, positions, documents=None):
+    """Softmax attention of queries [B, K, G, T, D] at `positions` [T] over keys and values [B, K, S, D] up to there, and of
+    the same of `documents` [B, positions] where given."""
     rows, (_, kv, group, length, size), keys = tf.shape(q)[0], q.shape, k.shape[2]
     scores = tf.matmul(tf.reshape(q, [rows, kv, group * length, size]), k, transpose_b=True)
     scores = tf.reshape(scores, [rows, kv, group, length, keys])
     visible = tf.range(keys)[None, :] <= positions[:, None]  # [T, S]
+    if documents is not None:
+        own = documents[:, :keys][:, None, :] == tf.gather(documents, positions, axis=1)[:, :, None]  # [B, T, S]
+        visible = (visible & own)[:, None, None]  # [B, 1, 1, T, S]
     wide = scores.dtype if scores.dtype == tf.float64 else tf.float32  # softmax in bfloat16 loses too much
     weights = tf.nn.softmax(tf.where(visible, tf.cast(scores, wide), wide.min))
     weights = tf.reshape(tf.cast(weights, v.dtype), [rows, kv, group * length, keys])
@@ -154,8 +162,8 @@ class Block(keras.layers.Layer):
         for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
             layer.build(shape)
 
-    def call(self, x, cache=None, start=0, training=None):
-        attended, cache = self.attention(self.attention_norm(x), cache=cache, start=start)
+    def call(self, x, cache=None, start=0, documents=None, training=None):
+        attended, cache = self.attention(self.attention_norm(x), cache=cache, start=start, documents=documents)
         x = x + self.attention_dropout(attended, training=training)
         x = x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), training=training)
         return x, cache
@@ -166,12 +174,14 @@ class TransformerLM(keras.Model):
     """tokens [B, T] (integers) -> logits [B, T, V]. Saves and loads as `.keras`.
 
     `sequence_length` is the length of the position table (learned positions) and the longest context of `decode`.
+    `document_start`: the token that begins a document; with it a row may hold several, and each has the logits that it has
+    in a row of its own: no attention over its border, and learned positions begin anew. -1: a row is one text.
     Raises `ValueError` when T is longer than that.
     """
 
-    def __init__(self, config: ModelConfig, sequence_length: int, **kwargs):
+    def __init__(self, config: ModelConfig, sequence_length: int, document_start: int = -1, **kwargs):
         super().__init__(dtype=config.dtype, **kwargs)
-        self.config, self.sequence_length = config, sequence_length
+        self.config, self.sequence_length, self.document_start = config, sequence_length, document_start
         self.embedding = _embedding(config, config.vocab_size, "embedding")
         self.position_embedding = None
         if config.positions == "learned":
@@ -196,11 +206,21 @@ class TransformerLM(keras.Model):
             layer.build(hidden)
         self.built = True
 
-    def embed(self, tokens, start=0):
+    def embed(self, tokens, start=0, documents=None):
         x = self.embedding(tokens)  # [B, T, d]
         if self.position_embedding is not None:
-            x = x + self.position_embedding(start + tf.range(tokens.shape[1]))
+            position = start + tf.range(tokens.shape[1])
+            if documents is not None:  # counted from the document's own first token
+                own = documents[:, None, :] == documents[:, :, None]  # [B, T, T]
+                position -= tf.reduce_min(tf.where(own, position, tokens.shape[1]), axis=-1)
+            x = x + self.position_embedding(position)
         return x
+
+    def documents(self, tokens):
+        """The number of each token's document within its row, [B, T]; None where a row is one text."""
+        if self.document_start < 0:
+            return None
+        return tf.cumsum(tf.cast(tokens == self.document_start, tf.int32), axis=1)
 
     def logits(self, x):
         x = self.final_norm(x)
@@ -214,9 +234,13 @@ class TransformerLM(keras.Model):
         tokens = tf.convert_to_tensor(tokens)
         if tokens.shape[1] is not None and tokens.shape[1] > self.sequence_length:
             raise UserError(f"expected at most {self.sequence_length} tokens a row, found {tokens.shape[1]}")
-        x = self.embedding_dropout(self.embed(tokens), training=training)
+        documents = self.documents(tokens)
+        x = self.embedding_dropout(self.embed(tokens, documents=documents), training=training)
         for block in self.blocks:
-            x = _recomputed(block, x) if self.config.recompute and training else block(x, training=training)[0]
+            if self.config.recompute and training:
+                x = _recomputed(block, x, documents)
+            else:
+                x = block(x, documents=documents, training=training)[0]
         return self.logits(x)
 
     def empty_cache(self, rows: int, length: int):
@@ -237,6 +261,7 @@ class TransformerLM(keras.Model):
             "name": self.name,
             "config": dataclasses.asdict(self.config),
             "sequence_length": self.sequence_length,
+            "document_start": self.document_start,
         }
 
     @classmethod
@@ -250,7 +275,7 @@ def _dims(x) -> list:
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
 
 
-def _recomputed(block, x):
+def _recomputed(block, x, documents):
     """The block's output; its activations are computed again in the backward pass instead of kept.
 
     The backward pass runs the block outside the caller's `sample_position`, so the position goes along.
@@ -259,7 +284,7 @@ def _recomputed(block, x):
 
     def call(x):
         with sample_position(position):
-            return block(x, training=True)[0]
+            return block(x, documents=documents, training=True)[0]
 
     return keras.remat(call)(x)
 

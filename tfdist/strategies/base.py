@@ -1,6 +1,7 @@
 """What the loop and the step need of a strategy, and no more."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -15,12 +16,16 @@ class InputContext:
 
     Which rows those are, `rows` says: micro-batches, dropout masks and batch statistics then are those of one device.
     `pipeline` of `pipelines`: which input pipeline this is; one per worker. `replicas`: over all workers, as many in each.
+    `weights`: how many rows each pipeline reads, in proportion; none: as many each.
     `start_step`: the first element must be the one of this step; a function that never looks at it gets
     `Dataset.skip(start_step)`.
     """
 
-    def __init__(self, pipeline: int = 0, pipelines: int = 1, replicas: int = 0, start_step: int = 0):
+    def __init__(
+        self, pipeline: int = 0, pipelines: int = 1, replicas: int = 0, start_step: int = 0, weights: Sequence[float] = ()
+    ):  # fmt: skip
         self.pipeline, self.pipelines, self.replicas = pipeline, pipelines, replicas or pipelines
+        self.weights = tuple(weights)
         self._start_step, self.start_step_was_read = start_step, False
 
     @property
@@ -35,10 +40,15 @@ class InputContext:
         another.
         """
         block = -(-global_batch_size // accumulate_steps)  # rows per micro-batch
-        mine = -(-block // self.replicas) * self.replicas // self.pipelines
-        part = np.arange(min(self.pipeline * mine, block), min((self.pipeline + 1) * mine, block))
+        first, end = (self._bound(block, pipeline) for pipeline in (self.pipeline, self.pipeline + 1))
+        part = np.arange(first, end)
         rows = (np.arange(accumulate_steps)[:, None] * block + part).reshape(-1)
         return rows[rows < global_batch_size]
+
+    def _bound(self, block: int, pipeline: int) -> int:
+        """Which row of a micro-batch is the first of a pipeline: with equal weights shares differ by one at most."""
+        weights = self.weights or (1.0,) * self.pipelines
+        return round(block * math.fsum(weights[:pipeline]) / math.fsum(weights))
 
 
 DatasetFn = Callable[[InputContext], tf.data.Dataset]

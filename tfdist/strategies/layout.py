@@ -44,7 +44,7 @@ def lay_out(
     """
     blocks = [-(-rows // accumulate_steps) for rows in rows_of_workers]  # rows per micro-batch
     block, before = blocks[worker], sum(blocks[:worker])
-    share = max(1, *(-(-rows // replicas) for rows in blocks))  # places per micro-batch and replica
+    share = max(1, -(-block // replicas))  # places per micro-batch and replica
     m, r, i = np.meshgrid(*map(np.arange, (accumulate_steps, replicas, share)), indexing="ij")
     in_block = r * share + i
     rows = np.where(in_block < block, m * block + np.minimum(in_block, block - 1), -1).reshape(

@@ -1,6 +1,7 @@
 """From a config or the environment to a strategy."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -40,12 +41,17 @@ def kind_for(config: StrategyConfig, cluster: Cluster) -> str:
     return "mirrored" if several else "one_device"
 
 
-def make(config: StrategyConfig, cluster: Cluster | None = None, waiting: ClusterConfig | None = None) -> Strategy:
+def make(
+    config: StrategyConfig, cluster: Cluster | None = None, waiting: ClusterConfig | None = None,
+    worker_weights: Sequence[float] = (),
+) -> Strategy:  # fmt: skip
     """The strategy of a config. Without `cluster` this process is alone."""
     cluster, waiting = cluster or Cluster(), waiting or ClusterConfig()
     config = dataclasses.replace(config, num_devices=config.num_devices or devices_per_worker())
     kind = kind_for(config, cluster)
     check_strategy(cluster, kind)
+    if worker_weights and kind != "multi_worker":
+        raise UserError(f"data.worker_weights: expected several workers (strategy.kind=multi_worker), found {kind}")
     if kind == "one_device":
         if config.num_devices > 1:
             raise UserError(
@@ -62,6 +68,7 @@ def make(config: StrategyConfig, cluster: Cluster | None = None, waiting: Cluste
             bytes_per_pack=config.bytes_per_pack,
             timeout_s=config.communication_timeout_s,
             start_timeout_s=waiting.start_timeout_s,
+            worker_weights=worker_weights,
         )
     return {"parameter_server": ParameterServer, "tpu": TPU}[kind]()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -20,7 +21,9 @@ from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 class Synchronous:
     """The shared implementation of `base.Strategy`; see there for the methods."""
 
-    def __init__(self, tf_strategy: tf.distribute.Strategy, cluster: Cluster | None = None):
+    def __init__(
+        self, tf_strategy: tf.distribute.Strategy, cluster: Cluster | None = None, worker_weights: Sequence[float] = ()
+    ):  # fmt: skip
         if keras.backend.backend() != "tensorflow":
             raise UserError(
                 f"expected the Keras backend tensorflow, found {keras.backend.backend()}; "
@@ -31,6 +34,11 @@ class Synchronous:
         workers = self.cluster.collective or (self.cluster.task,)
         self.num_workers, self.worker = len(workers), workers.index(self.cluster.task)
         self.num_replicas = tf_strategy.num_replicas_in_sync
+        if worker_weights and len(worker_weights) != self.num_workers:
+            raise UserError(
+                f"worker_weights: expected one for each of {self.num_workers} workers, found {len(worker_weights)}"
+            )
+        self.worker_weights = tuple(worker_weights)
         self.first_replica = self.worker * self.local_replicas()
         self.is_chief = self.worker == 0
         with tf.device("CPU:0"):
@@ -81,7 +89,7 @@ class Synchronous:
         return iter(laid_out)
 
     def _input_context(self, start_step: int = 0) -> InputContext:
-        return InputContext(self.worker, self.num_workers, self.num_replicas, start_step)
+        return InputContext(self.worker, self.num_workers, self.num_replicas, start_step, self.worker_weights)
 
     # ---- steps ----
 
@@ -206,6 +214,8 @@ class MultiWorkerMirrored(Synchronous):
         bytes_per_pack: gradients are reduced in packs of at least this size; 0: in one.
         timeout_s: of one collective; 0: none, a supervisor watches over the steps.
         start_timeout_s: how long to wait for the others when no supervisor has met them already.
+        worker_weights: how many rows of each batch each worker computes, in proportion, where machines differ in speed:
+            2, 1 gives worker 0 twice the rows of worker 1. The numbers stay those of one device.
 
     Raises `UserError` when the cluster has no other process or TensorFlow has already started, and `PeerLost` when
     another worker does not come.
@@ -214,6 +224,7 @@ class MultiWorkerMirrored(Synchronous):
     def __init__(
         self, cluster: Cluster | None = None, *, num_devices: int = 0, communication: str = "auto",
         bytes_per_pack: int = 0, timeout_s: float = 0.0, start_timeout_s: float = 300.0,
+        worker_weights: Sequence[float] = (),
     ):  # fmt: skip
         cluster = cluster or resolve()
         tf_strategy = multi_worker.connect(
@@ -224,7 +235,7 @@ class MultiWorkerMirrored(Synchronous):
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
         )
-        super().__init__(tf_strategy, cluster)
+        super().__init__(tf_strategy, cluster, worker_weights)
 
 
 def _without_autotune() -> tf.data.Options:

@@ -1,0 +1,356 @@
+"""Tokenising a corpus once: pieces in parallel, each into shards of its own, so that the result is the same whatever the
+number of processes, and a build that was killed goes on with the pieces that are missing.
+
+Everything is written to `OUT.building`, under temporary names, and renamed when it is whole; at the end that folder becomes
+OUT.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tfdist.cluster.link import supervisor
+from tfdist.data import corpus, tokenizer
+from tfdist.errors import DataError
+
+FORMAT = 2
+INDEX = "dataset.json"
+DOCUMENTS = ".documents.npy"  # beside each shard: int64 [documents, 2], where each begins in the shard, and its key
+SHARD_TOKENS = 1 << 25  # at most: 64 MiB of uint16; what a process keeps in memory
+_TRAINING_BYTES = 1 << 26  # of text that a BPE vocabulary is trained on, in parts from all over the corpus
+_BATCH_BYTES = 1 << 22  # of text that is encoded in one call
+_PLAN, _LOCK = "plan.json", "lock"
+
+Progress = Callable[[int], None]  # told how many more bytes of the source are done
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a process needs to build pieces."""
+
+    plan: corpus.Plan
+    tokenizer: str
+    folder: Path
+    shard_tokens: int
+
+
+def build(
+    plan: corpus.Plan, spec: str, source: str, out: Path, *, processes: int = 1, max_bad_records: int = 0,
+    progress: Progress = lambda size: None, in_process: Callable[[], object] = dict,
+) -> None:  # fmt: skip
+    """Writes the dataset `out`. `in_process` is called first in every process that is started; with one there is none.
+
+    Raises `DataError`; what has been built is kept, and the same call goes on with it.
+    """
+    folder = out.with_name(out.name + ".building")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / _LOCK):
+            if (out / INDEX).exists():
+                return  # another process was first
+            _start(folder, plan, spec)
+            if not (folder / INDEX).exists():
+                job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
+                _build_pieces(job, processes, max_bad_records, progress, in_process)
+                _write_index(job, source, spec)
+            _clean(folder)
+            with contextlib.suppress(OSError):  # a folder without an index: left by hand, and empty
+                out.rmdir()
+            os.rename(folder, out)
+            _sync_folder(out.parent)
+    except OSError as error:
+        raise DataError(
+            f"data: cannot write {error.filename or out}: {error.strerror}; what is finished is kept in {folder}: the same "
+            "command goes on there"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _start(folder: Path, plan: corpus.Plan, spec: str) -> None:
+    """Keeps what an earlier call with the same plan and unchanged files has finished."""
+    facts = json.dumps(
+        {"format": FORMAT, "tokenizer": spec, "shard_tokens": SHARD_TOKENS, "plan": _facts(plan)}, default=list
+    )
+    if (folder / _PLAN).exists() and (folder / _PLAN).read_text() == facts:
+        return
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            path.unlink()
+    _write(folder / _PLAN, facts.encode())
+
+
+def _facts(plan: corpus.Plan) -> dict:
+    paths = {span.path for piece in plan.pieces for span in piece.spans}
+    stats = {path: os.stat(path) for path in sorted(paths)}
+    files = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    splitter = dataclasses.replace(plan.splitter, names=sorted(plan.splitter.names) if plan.splitter.names else None)
+    return dataclasses.asdict(dataclasses.replace(plan, splitter=splitter)) | {"files": files}
+
+
+def _tokenizer(folder: Path, plan: corpus.Plan, spec: str) -> str:
+    """Its name; trains and keeps it if that has not been done."""
+    path = folder / tokenizer.FILE
+    if tokenizer.kind_and_value(spec)[0] in ("bpe", "file") and not path.exists():
+        _write(path, tokenizer.make(spec, training_texts(plan)).json.encode())
+    return spec
+
+
+def training_texts(plan: corpus.Plan) -> Iterator[bytes]:
+    """Training text for a vocabulary, the same amount from each of some pieces that lie evenly in the corpus."""
+    number = max(1, min(len(plan.pieces), _TRAINING_BYTES // (1 << 20)))
+    for i in range(number):
+        left = _TRAINING_BYTES // number
+        for part in plan.read(plan.pieces[i * len(plan.pieces) // number]):
+            if left <= 0:
+                break
+            if isinstance(part, corpus.Part) and part.split == corpus.TRAIN:
+                left -= len(part.text)
+                yield part.text
+            supervisor().tick()
+
+
+# ---- pieces ----
+
+
+def _build_pieces(job: Job, processes: int, max_bad_records: int, progress: Progress, in_process) -> None:
+    missing, bad = [], 0
+    for i, piece in enumerate(job.plan.pieces):
+        done = _piece_record(job.folder, i)
+        if done.exists():
+            progress(piece.size)
+            bad += _checked(json.loads(done.read_text())["bad_records"], bad, max_bad_records)
+        else:
+            missing.append(i)
+    if processes == 1 or len(missing) < 2:
+        for i in missing:
+            bad += _checked(build_piece(job, i), bad, max_bad_records)
+            progress(job.plan.pieces[i].size)
+        return
+    context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
+    pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(missing)), context, _begin, (os.getpid(), in_process))
+    try:
+        futures = {pool.submit(build_piece, job, i): i for i in missing}
+        for future in concurrent.futures.as_completed(futures):
+            bad += _checked(future.result(), bad, max_bad_records)
+            progress(job.plan.pieces[futures[future]].size)
+            supervisor().tick()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise DataError("data: a process of the build was killed (out of memory?); the same command goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _checked(records: list[str], before: int, at_most: int) -> int:
+    if records and before + len(records) > at_most:
+        raise DataError(
+            f"data.source: expected at most {at_most} bad records (data.max_bad_records), found more: {records[-1]}"
+        )
+    return len(records)
+
+
+def _begin(parent: int, in_process: Callable[[], object]) -> None:
+    """A process of the pool: it ends with the one that started it, also when that one is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    in_process()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def build_piece(job: Job, number: int) -> list[str]:
+    """Writes the shards of a piece, then its record; returns the bad records that were left out."""
+    encoder = tokenizer.restore(job.tokenizer, job.folder)
+    writers = {split: _Writer(job, encoder, f"{split}-{number:05d}") for split in (corpus.TRAIN, corpus.VALIDATION)}
+    bad = []
+    for part in job.plan.read(job.plan.pieces[number]):
+        if isinstance(part, corpus.BadRecord):
+            bad.append(part.what)
+        else:
+            writers[part.split].add(part)
+            supervisor().tick()
+    record = {"bad_records": bad, "splits": {split: writer.finish() for split, writer in writers.items()}}
+    _write(_piece_record(job.folder, number), json.dumps(record).encode())
+    return bad
+
+
+def _piece_record(folder: Path, number: int) -> Path:
+    return folder / f"piece-{number:05d}.json"
+
+
+class _Writer:
+    """The shards of one split of one piece."""
+
+    def __init__(self, job: Job, encoder: tokenizer.Tokenizer, name: str):
+        self.job, self.encoder, self.name = job, encoder, name
+        self.dtype = tokenizer.token_dtype(encoder.vocab_size)
+        self.waiting: list[corpus.Part] = []  # not yet encoded
+        self.waiting_bytes = 0
+        self.shards: list[dict] = []
+        self._new_shard()
+
+    def _new_shard(self) -> None:
+        self.pending: list[np.ndarray] = []
+        self.tokens = self.text_bytes = self.replaced = 0
+        self.documents: list[tuple[int, int]] = []  # (first token, key)
+
+    def add(self, part: corpus.Part) -> None:
+        self.waiting.append(part)
+        self.waiting_bytes += len(part.text) if part.tokens is None else 2 * len(part.tokens)
+        if self.waiting_bytes >= _BATCH_BYTES:
+            self._encode()
+
+    def _encode(self) -> None:
+        texts = [part.text for part in self.waiting if part.tokens is None]
+        encoded = iter(self.encoder.encode(texts)) if texts else iter(())
+        for part in self.waiting:
+            tokens = next(encoded) if part.tokens is None else self._known(part)
+            self._append(part, tokens)
+        self.waiting, self.waiting_bytes = [], 0
+
+    def _known(self, part: corpus.Part) -> np.ndarray:
+        if len(part.tokens) and part.tokens.max() >= self.encoder.vocab_size:
+            raise DataError(
+                f"data.tokenizer: expected token ids below the {self.encoder.vocab_size} of {self.encoder.name}, found "
+                f"{part.tokens.max()} in {part.name}"
+            )
+        return part.tokens.astype(self.dtype)
+
+    def _append(self, part: corpus.Part, tokens: np.ndarray) -> None:
+        marked = part.begins and part.tokens is None and self.encoder.document_start >= 0
+        if self.tokens + len(tokens) + marked > self.job.shard_tokens and self.pending:
+            self._flush()
+        if part.begins:
+            self.documents.append((self.tokens, corpus.key_of(part.name)))
+        if marked:
+            tokens = np.concatenate([np.array([self.encoder.document_start], self.dtype), tokens])
+        self.pending.append(tokens)
+        self.tokens += len(tokens)
+        self.text_bytes += len(part.text)
+        self.replaced += part.replaced
+
+    def _flush(self) -> None:
+        stem = f"{self.name}-{len(self.shards):03d}"
+        tokens = np.concatenate(self.pending)
+        documents = np.array(self.documents, np.int64).reshape(-1, 2)
+        self.shards.append({
+            "file": f"{stem}.npy",
+            "tokens": self.tokens,
+            "documents": len(self.documents),
+            "text_bytes": self.text_bytes,
+            "not_utf8": self.replaced,
+            "sha256": _save(self.job.folder / f"{stem}.npy", tokens),
+            "documents_sha256": _save(self.job.folder / f"{stem}{DOCUMENTS}", documents),
+        })  # fmt: skip
+        self._new_shard()
+
+    def finish(self) -> list[dict]:
+        if self.waiting:
+            self._encode()
+        if self.pending:
+            self._flush()
+        return self.shards
+
+
+# ---- the end ----
+
+
+def _write_index(job: Job, source: str, spec: str) -> None:
+    records = [json.loads(_piece_record(job.folder, i).read_text()) for i in range(len(job.plan.pieces))]
+    made = tokenizer.restore(job.tokenizer, job.folder)
+    splits = {}
+    for split in (corpus.TRAIN, corpus.VALIDATION):
+        shards = [shard for record in records for shard in record["splits"][split]]
+        totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "not_utf8")}
+        splits[split] = {**totals, "shards": shards}
+    if not splits[corpus.TRAIN]["tokens"]:
+        raise DataError(f"data.source: expected text, found an empty source: {source}")
+    index = {
+        "format": FORMAT,
+        "data_hash": _data_hash(splits, made),
+        "source": source,
+        "command": f"tfdist data build --source='{source}' --tokenizer={spec}",
+        "tokenizer": spec,
+        "tokenizer_hash": tokenizer.fingerprint(made),
+        "vocab_size": made.vocab_size,
+        "document_start": made.document_start,
+        "dtype": np.dtype(tokenizer.token_dtype(made.vocab_size)).name,
+        "bad_records": sum(len(record["bad_records"]) for record in records),
+        "splits": splits,
+    }
+    _write(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+
+
+def _data_hash(splits: dict, made: tokenizer.Tokenizer) -> str:
+    """Of the tokens, where documents begin, their keys, and the tokenizer: not of names and places of files."""
+    digest = hashlib.sha256(f"{FORMAT}/{tokenizer.fingerprint(made)}".encode())
+    for split, content in splits.items():
+        digest.update(f"/{split}".encode())
+        for shard in content["shards"]:
+            digest.update(f"/{shard['sha256']}/{shard['documents_sha256']}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _clean(folder: Path) -> None:
+    for path in [*folder.glob("piece-*.json"), *folder.glob("*.tmp"), folder / _PLAN, folder / _LOCK]:
+        path.unlink(missing_ok=True)
+
+
+def _save(path: Path, array: np.ndarray) -> str:
+    """Writes an array, atomically. Returns the file's SHA-256."""
+    with _whole_file(path) as file:
+        np.save(file, array)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path):
+    """A file that appears under its name when it is whole and on the disk, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
