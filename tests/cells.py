@@ -57,7 +57,7 @@ class Bench:
 
     def train(
         self, make_model, make_optimizer, loss: Loss, batches: list[tuple], num_steps: int = NUM_STEPS,
-        jit_compile: str = "off", steps_per_loop: int = 7, prefix: str = "", **options,
+        jit_compile: str = "off", steps_per_loop: int = 7, prefix: str = "", dataset_fn=None, **options,
     ):  # fmt: skip
         """Trains over `batches` again and again and keeps losses and variables."""
         keras.utils.set_random_seed(1)
@@ -89,11 +89,13 @@ class Bench:
         )
         micro_batches = options.get("accumulate_steps", 1)
         with functions_of_tensorflow() as functions:
-            trainer.train(lambda context: dataset(batches, context, micro_batches), num_steps, [tfdist.actions.Log()])
+            made = dataset_fn or (lambda context: dataset(batches, context, micro_batches))
+            reached = trainer.train(made, num_steps, [tfdist.actions.Log()])
         self.results[f"{prefix}traces"] = np.array([len(traces)])
         self.results[f"{prefix}collectives"] = np.array([num_collectives(functions)])
         train_rows = [row for row in rows if row["kind"] == "train"]
-        assert len(train_rows) == (num_steps if self.strategy.is_chief else 0)
+        assert len(train_rows) == (reached if self.strategy.is_chief else 0)
+        assert reached == num_steps or dataset_fn
         kept = {"losses": "loss", "tokens": "tokens", "norms": "grad_norm", "scales": "loss_scale"}
         for name, column in kept.items():
             self.results[f"{prefix}{name}"] = np.array([row.get(column, 0.0) for row in train_rows])
@@ -194,6 +196,45 @@ def empty_replicas_dropout_clip_by_norm_and_ema(bench: Bench) -> None:
         return adamw(clipnorm=0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=5)
 
     bench.train(lambda: bench.lm(dropout=0.2), optimizer, next_token_loss, tokens([8, 1], weights=True))
+
+
+@cell
+def workers_of_unequal_speed_with_dropout_and_accumulation(bench: Bench) -> None:
+    """The first worker computes three times the rows of each other."""
+    weights = bench.strategy.worker_weights
+    if bench.strategy.num_workers > 1:
+        bench.strategy.worker_weights = (3.0, *[1.0] * (bench.strategy.num_workers - 1))
+    batches = tokens([16, 11], weights=True)
+    bench.train(lambda: bench.lm(dropout=0.2), adamw, next_token_loss, batches, accumulate_steps=2, clip_norm=1.0)
+    bench.strategy.worker_weights = weights
+
+
+@cell
+def pipelines_that_end_at_different_steps(bench: Bench) -> None:
+    """The first worker has 5 batches, every other one 7: all finish together, after 7 steps, with the weights of what
+    was there. Elements of different sizes, which the pipeline does not tell beforehand."""
+    batches = tokens([8, 5, 8, 8, 6, 7, 8], weights=True)
+
+    def dataset_fn(context):
+        of_one = context.pipelines == 1  # it has what all together have
+        # of each batch the first four rows are the first worker's
+        shares = [[(a[: 4 if i < 5 else 0], a[4:]) for a in batch] for i, batch in enumerate(batches)]
+
+        def rows():
+            for i, share in enumerate(shares):
+                if of_one:
+                    yield tuple(np.concatenate(both) for both in share)
+                elif context.pipeline == 0 and i < 5:
+                    yield tuple(first for first, _ in share)
+                elif context.pipeline:
+                    last = [second for _, second in share]
+                    part = np.array_split(np.arange(len(last[0])), context.pipelines - 1)[context.pipeline - 1]
+                    yield tuple(a[part] for a in last)
+
+        signature = tuple(tf.TensorSpec([None, *a.shape[1:]], a.dtype) for a in batches[0])
+        return tf.data.Dataset.from_generator(rows, output_signature=signature).skip(context.start_step)
+
+    bench.train(bench.lm, adamw, next_token_loss, batches, dataset_fn=dataset_fn, clip_norm=1.0)
 
 
 @cell

@@ -152,3 +152,41 @@ def test_dropout_keeps_the_mean_and_is_off_outside_training():
     np.testing.assert_allclose(dropped[dropped > 0], 1 / 0.75)
     np.testing.assert_array_equal(layer(x, training=False), x)
     assert (layer(x, training=True).numpy() == 0).any(), "outside a position it falls back to Keras' own dropout"
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_document_in_a_packed_row_is_like_one_alone(positions, recompute):
+    """Logits and gradients: nothing crosses a document's border, and positions begin anew."""
+    config = ModelConfig(
+        vocab_size=11, num_layers=2, num_heads=2, model_dim=8, positions=positions, dtype="float64", recompute=recompute
+    )
+    keras.utils.set_random_seed(0)
+    model = TransformerLM(config, 96, document_start=10)
+    rng = np.random.default_rng(0)
+    documents = [np.concatenate([[10], rng.integers(0, 10, n)]) for n in (40, 3, 0, 49)]
+    packed = np.concatenate(documents)[None]
+    assert packed.shape == (1, 96)
+
+    def loss(tokens, weights):
+        with tf.GradientTape() as tape:
+            logits = model(tokens, training=True)
+            value = tf.reduce_sum(logits * weights)
+        return logits, tape.gradient(value, [v.value for v in model.trainable_variables])
+
+    weights = rng.normal(size=(1, 96, 11))
+    together, gradients = loss(packed, weights)
+    start, alone = 0, []
+    for document in documents:
+        end = start + len(document)
+        logits, of_one = loss(document[None], weights[:, start:end])
+        np.testing.assert_allclose(together[:, start:end], logits, atol=1e-12)
+        alone.append([tf.convert_to_tensor(g) for g in of_one])
+        start = end
+    for whole, *parts in zip(gradients, *alone, strict=True):
+        np.testing.assert_allclose(tf.convert_to_tensor(whole), sum(parts), atol=1e-10)
+    joined = TransformerLM(config, 96)
+    joined.set_weights(model.get_weights())
+    assert np.abs(joined(packed) - together)[:, 41:].max() > 1e-4, "without it documents see each other"
+    again = TransformerLM.from_config(model.get_config())
+    assert again.document_start == 10

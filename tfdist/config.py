@@ -234,8 +234,8 @@ def validate(config: Config) -> Config:
             f"train.accumulate_steps: expected at most train.global_batch_size={smallest}, found {train.accumulate_steps}"
         )
     worker_weights(config)
-    if config.data.service and config.data.packing != "joined":
-        raise ValueError(f"data.service: expected data.packing=joined, found {config.data.packing}")
+    if config.data.service and config.data.sharding != "batch":
+        raise ValueError(f"data.service: expected data.sharding=batch (the service shards), found {config.data.sharding}")
     return config
 
 

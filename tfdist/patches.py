@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 
 class ComponentVariables:
@@ -229,3 +230,18 @@ def coordination_timeouts(members: dict[str, list[str]], register_s: float, hear
         heartbeat_timeout_in_ms=int(heartbeat_s * 1000),
         coordinated_jobs=jobs,
     )
+
+
+# ---- tf.data: which transformations a dataset is made of ----
+
+
+def upstream(dataset: tf.data.Dataset) -> list[tuple[str, tf.data.Dataset]]:
+    """(name of the transformation, dataset) of a dataset and all that it reads from, the last transformation first. What
+    happens inside the functions of `flat_map` and `interleave` is not seen."""
+    return [(type(dataset).__name__, dataset), *(found for before in dataset._inputs() for found in upstream(before))]
+
+
+def shuffles_without_seed(dataset: tf.data.Dataset) -> bool:
+    """Of one found by `upstream`: whether it is a shuffle that neither `seed` nor `tf.random.set_seed` fixes."""
+    seeds = [tf.get_static_value(seed) for seed in (getattr(dataset, "_seed", 1), getattr(dataset, "_seed2", 1))]
+    return "Shuffle" in type(dataset).__name__ and not any(seeds)

@@ -42,7 +42,7 @@ def train(flags) -> None:
     strategy = select.make(config.strategy, cluster, config.cluster, worker_weights(config))
     dataset = job.open_data(config)
     job.agree_on_data(strategy, dataset.data_hash)
-    train_data, eval_data = job.train_data(config, dataset), job.eval_data(config, dataset)
+    eval_data = job.eval_data(config, dataset)
     workdir = job.take_workdir(path, config, flags.fresh) if strategy.is_chief else Workdir(path)
     if strategy.is_chief:
         job.keep_tokenizer(dataset, workdir)
@@ -62,12 +62,13 @@ def train(flags) -> None:
     bytes_per_token = dataset.splits["validation"].bytes_per_token
     keep = config.checkpoint
     with contextlib.closing(trainer):
-        trainer.train(train_data, config.train.num_steps, [
-            actions.Log(config.log.every_steps, flops, peak.flops_per_s),
-            actions.StopIfNotFinite(config.train.max_skipped_steps),
-            actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
-            actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
-        ])  # fmt: skip
+        for train_data, last_step in job.train_phases(config, dataset, trainer.step):
+            trainer.train(train_data, last_step, [
+                actions.Log(config.log.every_steps, flops, peak.flops_per_s),
+                actions.StopIfNotFinite(config.train.max_skipped_steps),
+                actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
+                actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
+            ])  # fmt: skip
         actions.write_evaluation(trainer, eval_data, bytes_per_token)
     trainer.phase("finish")
     if not strategy.is_chief:

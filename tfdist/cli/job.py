@@ -1,6 +1,7 @@
 """From a config to the pieces of a run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -10,7 +11,7 @@ from tfdist.checkpoint import keys, store
 from tfdist.checkpoint.workdir import Workdir, write_atomically
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token
-from tfdist.config import Config, config_hash, differing_fields, from_json, to_json
+from tfdist.config import Config, batch_sizes, config_hash, differing_fields, from_json, to_json
 from tfdist.data import shards, tokenizer
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
 from tfdist.errors import CheckpointError, DataError, UserError
@@ -38,8 +39,13 @@ def open_data(config: Config) -> shards.TokenDataset:
     return dataset
 
 
-def train_data(config: Config, dataset: shards.TokenDataset, phase: int = 0) -> DatasetFn:
-    return train_dataset_fn(dataset, config, phase)
+def train_phases(config: Config, dataset: shards.TokenDataset, step: int) -> Iterator[tuple[DatasetFn, int]]:
+    """(data, last step) of what is left after `step`: one, or one for each batch size of `train.batch_ramp`."""
+    starts = [start for start, _ in batch_sizes(config)]
+    for phase, end in enumerate([*starts[1:], config.train.num_steps]):
+        end = min(end, config.train.num_steps)
+        if end > max(step, starts[phase]):
+            yield train_dataset_fn(dataset, config, phase), end
 
 
 def eval_data(config: Config, dataset: shards.TokenDataset, split: str = "validation") -> DatasetFn:
@@ -110,7 +116,7 @@ def verification_subject(config_json: str) -> Subject:
         model_fn=lambda: _model(config, dataset.document_start),
         optimizer_fn=lambda model: adamw(config.optimizer, config.train.num_steps, model),
         loss=training_loss(config.train.label_smoothing, config.train.z_loss),
-        dataset_fn=train_data(config, dataset),
+        dataset_fn=train_dataset_fn(dataset, config),
         options={
             "clip_norm": config.train.clip_norm,
             "accumulate_steps": config.train.accumulate_steps,
@@ -139,6 +145,12 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
             raise UserError(
                 f"workdir: {path} holds a run with another config: {fields}. Use these values, another --workdir, or --fresh"
             )
+        reached = max(store.steps(workdir.checkpoints))
+        if sizes_up_to(reached, old) != sizes_up_to(reached, config):
+            raise UserError(
+                f"train.batch_ramp: expected {old.train.batch_ramp!r} up to step {reached} (the run in {path}), found "
+                f"{config.train.batch_ramp!r}; only later steps may change"
+            )
         if old.train.num_steps != config.train.num_steps:
             logging.warning(
                 "train.num_steps was %d, now %d: the learning-rate schedule is planned anew",
@@ -149,6 +161,10 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
     except OSError as error:
         raise UserError(f"workdir: cannot write {workdir.config}: {error.strerror}") from error
     return workdir
+
+
+def sizes_up_to(step: int, config: Config) -> list[tuple[int, int]]:
+    return [(start, size) for start, size in batch_sizes(config) if start < step]
 
 
 def restored_model(config: Config, strategy: Strategy, workdir: Workdir) -> tuple[TransformerLM, int]:

@@ -72,6 +72,9 @@ def _define(command: str) -> flags.FlagValues:
         flags.DEFINE_bool("evaluator", False, "one more process, which evaluates every checkpoint", flag_values=given)
         flags.DEFINE_integer("devices_per_worker", 0, "GPUs (else logical CPU devices) of each worker; 0: an even share",
                              lower_bound=0, flag_values=given)  # fmt: skip
+        flags.DEFINE_integer(
+            "data_workers", 0, "processes of a data service (data.service=true)", lower_bound=0, flag_values=given
+        )
         flags.DEFINE_integer("max_restarts", 0, "how often to start again after a failure", lower_bound=0, flag_values=given)
         flags.DEFINE_string(
             "log_dir", "", "folder of the logs; default: WORKDIR/logs of train, else logs", flag_values=given
@@ -131,7 +134,8 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
     except OSError as error:
         fail(f"--log_dir: cannot write to {log_dir}: {error.strerror}")
     return launcher.run(Group(
-        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir
+        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir,
+        given.data_workers,
     ))  # fmt: skip
 
 

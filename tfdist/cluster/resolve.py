@@ -57,6 +57,11 @@ def devices_per_worker(environ: Mapping[str, str] = os.environ) -> int:
     return int(given)
 
 
+def data_service_address(environ: Mapping[str, str] = os.environ) -> str:
+    """Where `tfdist launch --data_workers` has its data service; empty: there is none."""
+    return environ.get("TFDIST_DATA_SERVICE", "")
+
+
 def _port(environ: Mapping[str, str]) -> int:
     given = environ.get("TFDIST_PORT", str(DEFAULT_PORT))
     if not given.isdigit() or not 1 <= int(given) <= 65535:

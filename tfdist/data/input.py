@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.config import Config, batch_sizes
-from tfdist.data import samples, sharding
+from tfdist.data import samples, service, sharding
 from tfdist.data.order import BlockOrder, Mixture, Order
 from tfdist.data.samples import Samples
 from tfdist.data.shards import Split, TokenDataset
@@ -47,6 +47,8 @@ def train_dataset_fn(dataset: TokenDataset, config: Config, phase: int = 0, with
     """
     _check(dataset, config, "train")
     sharding.say_what_is_given_up(config.data.sharding)
+    if config.data.service:
+        sharding.say_what_the_service_gives_up()
 
     def dataset_fn(context: InputContext) -> tf.data.Dataset:
         return _Reader(dataset, config, context, phase, with_places).dataset()
@@ -125,6 +127,7 @@ class _Reader:
 
     def __init__(self, dataset: TokenDataset, config: Config, context: InputContext, phase: int, with_places: bool):
         self.config, self.context, self.with_places = config, context, with_places
+        self.dataset_of_run, self.number = dataset, phase
         self.policy, self.length = config.data.sharding, config.data.sequence_length
         self.border = -1 if config.data.border_loss else dataset.document_start
         self.weighted = config.data.packing == "padded" or self.border >= 0 or self.policy != "batch"
@@ -159,6 +162,8 @@ class _Reader:
         return sum((after.step - before.step) * len(self._rows(before.size)) for before, after in pairs)
 
     def dataset(self) -> tf.data.Dataset:
+        if self.config.data.service:
+            return self._from_service()
         if not len(self.rows) or not all(cut.number for cut in self.cuts):
             return self._nothing()
         if _bytes(self.whole) <= self.config.data.shuffle_buffer_mb << 20:
@@ -176,6 +181,23 @@ class _Reader:
     def _element(self, window, targets, start):
         element = _element(window, targets, self.config.model.vocab_size, self.weighted, self.border)
         return (*element, start) if self.with_places else element
+
+    # ---- through the data service ----
+
+    def _from_service(self) -> tf.data.Dataset:
+        """Whole chunks of the run's order are what the service hands out; each pipeline takes the samples it gets."""
+        whole = _Reader(self.dataset_of_run, self.config, InputContext(), self.number, self.with_places)
+        whole.config = dataclasses.replace(whole.config, data=dataclasses.replace(whole.config.data, service=False))
+        if _bytes(whole.whole) > self.config.data.shuffle_buffer_mb << 20:
+            raise DataError(
+                "data.service: expected a corpus of at most data.shuffle_buffer_mb="
+                f"{self.config.data.shuffle_buffer_mb}, found {_bytes(whole.whole) >> 20} MB; raise it, or leave it out"
+            )
+        whole.positions = lambda chunk: chunk * _CHUNK + tf.range(_CHUNK, dtype=tf.int64)
+        consumed = self.phase.sample + (self.context.start_step - self.phase.step) * self.phase.size
+        whole.context = InputContext(start_step=consumed // _CHUNK)
+        chunks = service.through(whole.dataset(), f"train-{consumed}")
+        return chunks.unbatch().batch(len(self.rows), drop_remainder=True)
 
     # ---- from memory ----
 

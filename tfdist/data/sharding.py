@@ -28,6 +28,11 @@ def say_what_is_given_up(policy: str) -> None:
                         "with another number repeats samples and leaves others out", policy, _GIVES_UP[policy])  # fmt: skip
 
 
+def say_what_the_service_gives_up() -> None:
+    logging.warning("data.service=true: the order of samples is given up: no two runs are equal, and one that goes on reads "
+                    "some samples again and others not at all")  # fmt: skip
+
+
 def owner_of_files(number: int, workers: int) -> list[int]:
     """Who reads each of `number` files: in turns, so that nobody has more than one more than another."""
     return [i % workers for i in range(number)]

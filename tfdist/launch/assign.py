@@ -21,6 +21,7 @@ class Group:
     devices_per_worker: int = 0
     max_restarts: int = 0
     log_dir: Path = Path("logs")
+    data_workers: int = 0  # of a data service beside them; 0: none
 
 
 def clusters(group: Group, addresses: Sequence[str]) -> list[Cluster]:

@@ -15,6 +15,7 @@ from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import DONE, PEER_LOST, STOPPED
 from tfdist.launch import restarts
 from tfdist.launch.assign import Group, clusters, gpus_of_workers
+from tfdist.launch.data_service import ADDRESS, DataService
 from tfdist.launch.member import Member
 from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
@@ -35,7 +36,9 @@ class Launcher:
         self.clusters = clusters(group, [f"localhost:{s.getsockname()[1]}" for s in self.reserved])
         self.token = secrets.token_hex(16)
         self.members: list[Member] = []
+        self.data_service: DataService | None = None
         self.stopping = False
+        self._failure_of_data_service: Failure | None = None
         self.budget = restarts.Budget(group.max_restarts)
 
     async def run(self) -> int:
@@ -63,6 +66,8 @@ class Launcher:
         finally:
             for member in self.members:
                 member.kill()
+            if self.data_service:
+                self.data_service.close()
 
     def _restarts_alone(self, failure: "Failure") -> bool:
         if failure.task is None or failure.exit_code == PEER_LOST:
@@ -84,6 +89,10 @@ class Launcher:
     async def _run_once(self) -> "Failure":
         """Starts everyone, waits until all are gone."""
         devices = gpus_of_workers(self.group, os.environ)
+        if self.data_service:
+            self.data_service.close()
+        if self.group.data_workers:  # a new one for each start: it keeps nothing
+            self.data_service = DataService(self.group.data_workers, self.group.log_dir)
         self.members = [Member(self.group, cluster, self._environment(cluster, devices)) for cluster in self.clusters]
         if self.stopping:
             self._on_signal()
@@ -94,13 +103,18 @@ class Launcher:
                 await self._end_evaluator(member, group)
         for member in self.members:
             await member.finish_logs()
-        return _cause(self.members)
+        return self._failure_of_data_service or _cause(self.members)
 
     async def _wait(self, members: list[Member]) -> None:
         """Until all have ended; from the first failure on they have a few seconds left."""
         give_up_s = float("inf")
+        self._failure_of_data_service = None
         while any(member.poll() is None for member in members):
             await asyncio.sleep(0.02)
+            if self.data_service and not self._failure_of_data_service and (end := self.data_service.failure()):
+                self._failure_of_data_service = Failure(PEER_LOST, f"the data service is lost: {end}", 0, [], None)
+                for member in members:
+                    member.kill()
             failed = any(m.poll() not in (None, DONE, STOPPED) for m in members)
             if failed:
                 give_up_s = min(give_up_s, time.monotonic() + _END_GRACE_S)
@@ -123,6 +137,8 @@ class Launcher:
     def _environment(self, cluster: Cluster, devices: Mapping[Task, str]) -> dict[str, str]:
         own = {"TF_CONFIG": cluster.to_tf_config(), "TFDIST_JOB_TOKEN": self.token,
                MAX_RESTARTS: str(self.group.max_restarts), "PYTHONUNBUFFERED": "1"}  # fmt: skip
+        if self.data_service:
+            own[ADDRESS] = self.data_service.address
         if self.group.devices_per_worker:
             own["TFDIST_DEVICES_PER_WORKER"] = str(self.group.devices_per_worker)
         if cluster.task in devices:

@@ -89,8 +89,14 @@ class Strategy(Protocol):
     def scope(self) -> AbstractContextManager:
         """Variables made inside live on every replica."""
 
-    def distribute(self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0) -> Any:
-        """An endless iterator for `steps`; batches that are not valid follow the end of the input."""
+    def distribute(
+        self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0, num_steps: int = 0,
+        whole: bool = False,
+    ) -> Any:  # fmt: skip
+        """An endless iterator for `steps`; batches that are not valid follow the end of the input.
+
+        `num_steps`: how many will be asked for; `whole`: all there are. What cannot be is reported here, not at the end.
+        """
 
     def make_steps(self, replica_step: ReplicaStep) -> Steps:
         """Compiles a loop of any length around one replica step."""

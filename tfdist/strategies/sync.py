@@ -14,12 +14,14 @@ from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve
 from tfdist.cluster.spec import Cluster
 from tfdist.errors import PeerLost, UserError
-from tfdist.strategies import devices, layout, messages, multi_worker
+from tfdist.strategies import devices, input_checks, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
 
 class Synchronous:
     """The shared implementation of `base.Strategy`; see there for the methods."""
+
+    needs_static_shapes = False  # of what the input yields
 
     def __init__(
         self, tf_strategy: tf.distribute.Strategy, cluster: Cluster | None = None, worker_weights: Sequence[float] = ()
@@ -72,9 +74,13 @@ class Synchronous:
 
     # ---- input ----
 
-    def distribute(self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0) -> Any:
+    def distribute(
+        self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0, num_steps: int = 0,
+        whole: bool = False,
+    ) -> Any:  # fmt: skip
         context = self._input_context(start_step)
         dataset = dataset_fn(context)
+        input_checks.check_order(dataset, context)
         num_rows = layout.static_rows(dataset)
         if num_rows is None:  # from the very first batch, so that a resumed run lays its batches out alike
             num_rows = layout.first_rows(dataset_fn(self._input_context()))
@@ -82,6 +88,9 @@ class Synchronous:
         if start_step and not context.start_step_was_read:
             logging.info("dataset_fn does not use start_step: reading and dropping the first %d batches", start_step)
             dataset = dataset.skip(start_step)
+        input_checks.check_length(dataset, start_step, num_steps, whole)
+        if self.needs_static_shapes:
+            input_checks.check_shapes(dataset)
         laid_out = layout.lay_out(dataset, rows_of_workers, self.worker, accumulate_steps, self.local_replicas())
         laid_out = laid_out.prefetch(2).with_options(_without_autotune())
         # not TensorFlow's distributed iterator: on CPU devices it makes every step wait for its threads (half of an

@@ -148,7 +148,9 @@ class Trainer:
         with StopRequest(self.strategy.request_stop).installed() as stop:
             self.strategy.request_stop(False)  # one that came too late for the run before
             if self.step < num_steps:
-                iterator = self.strategy.distribute(dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step)
+                iterator = self.strategy.distribute(
+                    dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step, num_steps=num_steps - self.step
+                )
                 try:
                     loop.run(self, iterator, num_steps, actions, stop)
                 except (CheckpointError, KeyboardInterrupt) as error:
@@ -170,7 +172,8 @@ class Trainer:
         """
         self.phase("evaluate" if self._has_evaluated else "compile")
         with self.averaged_weights():
-            result = evaluate.run(self.eval_steps, self.strategy.distribute(dataset_fn), max_steps)
+            iterator = self.strategy.distribute(dataset_fn, whole=not max_steps)
+            result = evaluate.run(self.eval_steps, iterator, max_steps)
         self._has_evaluated = True
         return result
 
