@@ -327,3 +327,37 @@ def test_a_fresh_run_that_is_killed_goes_on_with_itself(undisturbed, train, tmp_
     assert "restart 1 of 1" in done.stderr and "restore at step" in done.stderr
     assert losses(tmp_path) == losses(undisturbed[0])
     assert not (tmp_path / "old-2").exists() and len(losses(tmp_path / "old-1")) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["mix"]], ids=["memory", "mix"])
+def test_two_then_three_then_one_worker_train_like_one(text_files, tmp_path, more):
+    """Killed in between, over more than two epochs: the global batches are the same, so the losses are (in float64)."""
+    source = f"files:{text_files}/0*.txt"
+    if more:
+        source = f"mix:2*files:{text_files}/0*.txt;1*files:{text_files}/1*.txt"
+    arguments = [
+        "train", "--config=tests/tiny.py", f"--config.data.source={source}", "--config.model.dtype=float64",
+        "--config.train.num_steps=400", "--config.train.steps_per_loop=10", "--config.checkpoint.every_steps=20",
+        "--config.eval.every_steps=0", "--config.log.sample_tokens=0", "--config.log.tensorboard=false",
+        "--config.optimizer.learning_rate=1e-3",
+    ]  # fmt: skip
+    one = tfdist(*arguments, f"--workdir={tmp_path}/one")
+    assert one.returncode == 0, one.stderr
+    many = f"--workdir={tmp_path}/many"
+    for workers, step in ((2, 60), (3, 140)):
+        process = start(["-m", "tfdist.cli", "launch", f"--workers={workers}", "--", *arguments, many])
+        wait_for_step(tmp_path / "many", step, process)
+        members = group_of(process)
+        os.kill(process.pid, signal.SIGKILL)
+        assert_all_gone(members, 5.0)
+        finish(process, 5)
+    done = tfdist(*arguments, many)
+    assert done.returncode == 0, done.stderr
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert found.keys() == expected.keys() and len(expected) == 400
+    for step in expected:
+        a, b = float.fromhex(found[step]), float.fromhex(expected[step])
+        assert abs(a - b) < 1e-9 * max(1, abs(b)), (step, a, b)
+    restores = [row["step"] for row in read_rows(tmp_path / "many" / "metrics.jsonl") if row.get("name") == "restore"]
+    assert len(restores) == 2 and 40 <= restores[0] < restores[1] < 400

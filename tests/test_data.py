@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from processes import tfdist
+from processes import run, tfdist
 
 from tfdist.config import Config, DataConfig, batch_sizes
 from tfdist.data import audit, build, corpus, sharding, shards
@@ -455,3 +455,25 @@ def test_the_audit_on_the_command_line(text_files):
     assert done.returncode == 0 and "duplicates: 0, gaps: 0" in done.stdout, done.stderr
     done = tfdist("data", "audit", *config, "--config.data.sharding=file", "--json")
     assert done.returncode == 7 and "worker 1 reads nothing (data.sharding=file)" in done.stdout, done.stderr
+
+
+def test_reading_a_range_of_a_large_file_needs_no_memory(tmp_path):
+    """4 GB (a sparse file), a few kB of it: in a process of its own, whose largest memory is that of TensorFlow alone."""
+    program = """
+import resource, sys
+from pathlib import Path
+import numpy as np, tensorflow as tf
+from tfdist.data import samples
+from tfdist.data.shards import Shard, Split
+path, tokens = Path(sys.argv[1]), 2_000_000_000
+np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(tokens,))[-3:] = 7
+split = Split((Shard(path, tokens, 128, "uint16", 0),), tokens, 0, 0)
+before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+starts = tf.data.Dataset.from_tensor_slices(np.array([0, tokens - 1000], np.int64))
+found = [range.tolist() for range in starts.map(lambda s: samples.token_range(split, s, s + 1000)).as_numpy_iterator()]
+assert found == [[0] * 1000, [0] * 997 + [7] * 3]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb) / 1024)
+"""
+    done = run(["-c", program, str(tmp_path / "large.npy")])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 200, "MB"

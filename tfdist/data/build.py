@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -28,9 +30,10 @@ from tfdist.errors import DataError
 FORMAT = 2
 INDEX = "dataset.json"
 DOCUMENTS = ".documents.npy"  # beside each shard: int64 [documents, 2], where each begins in the shard, and its key
-SHARD_TOKENS = 1 << 25  # at most: 64 MiB of uint16; what a process keeps in memory
+SHARD_TOKENS = 1 << 30  # at most: 2 GiB of uint16
 _TRAINING_BYTES = 1 << 26  # of text that a BPE vocabulary is trained on, in parts from all over the corpus
-_BATCH_BYTES = 1 << 22  # of text that is encoded in one call
+_BATCH_BYTES = 1 << 22  # of text that is encoded in one call, and then written: what a process keeps in memory
+_HEADER_BYTES = 128  # of a .npy file with one dimension
 _PLAN, _LOCK = "plan.json", "lock"
 
 Progress = Callable[[int], None]  # told how many more bytes of the source are done
@@ -184,13 +187,20 @@ def build_piece(job: Job, number: int) -> list[str]:
     encoder = tokenizer.restore(job.tokenizer, job.folder)
     writers = {split: _Writer(job, encoder, f"{split}-{number:05d}") for split in (corpus.TRAIN, corpus.VALIDATION)}
     bad = []
-    for part in job.plan.read(job.plan.pieces[number]):
-        if isinstance(part, corpus.BadRecord):
-            bad.append(part.what)
-        else:
-            writers[part.split].add(part)
-            supervisor().tick()
-    record = {"bad_records": bad, "splits": {split: writer.finish() for split, writer in writers.items()}}
+    try:
+        for part in job.plan.read(job.plan.pieces[number]):
+            if isinstance(part, corpus.BadRecord):
+                bad.append(part.what)
+            else:
+                writers[part.split].add(part)
+                supervisor().tick()
+        for writer in writers.values():
+            writer.finish()
+    except BaseException:
+        for writer in writers.values():
+            writer.give_up()
+        raise
+    record = {"bad_records": bad, "splits": {split: writer.shards for split, writer in writers.items()}}
     _write(_piece_record(job.folder, number), json.dumps(record).encode())
     return bad
 
@@ -211,7 +221,8 @@ class _Writer:
         self._new_shard()
 
     def _new_shard(self) -> None:
-        self.pending: list[np.ndarray] = []
+        self.path = self.job.folder / f"{self.name}-{len(self.shards):03d}.npy"
+        self.file: IO[bytes] | None = None  # begins with room for the header
         self.tokens = self.text_bytes = self.replaced = 0
         self.documents: list[tuple[int, int]] = []  # (first token, key)
 
@@ -239,38 +250,56 @@ class _Writer:
 
     def _append(self, part: corpus.Part, tokens: np.ndarray) -> None:
         marked = part.begins and part.tokens is None and self.encoder.document_start >= 0
-        if self.tokens + len(tokens) + marked > self.job.shard_tokens and self.pending:
-            self._flush()
+        if self.tokens and self.tokens + len(tokens) + marked > self.job.shard_tokens:
+            self._close_shard()
         if part.begins:
             self.documents.append((self.tokens, corpus.key_of(part.name)))
         if marked:
             tokens = np.concatenate([np.array([self.encoder.document_start], self.dtype), tokens])
-        self.pending.append(tokens)
+        if self.file is None:
+            self.file = open(_temporary(self.path), "wb")  # noqa: SIM115
+            self.file.write(bytes(_HEADER_BYTES))
+        self.file.write(tokens.tobytes())
         self.tokens += len(tokens)
         self.text_bytes += len(part.text)
         self.replaced += part.replaced
 
-    def _flush(self) -> None:
-        stem = f"{self.name}-{len(self.shards):03d}"
-        tokens = np.concatenate(self.pending)
+    def _close_shard(self) -> None:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.tokens,)}
+        )
+        assert len(header.getvalue()) == _HEADER_BYTES
+        self.file.seek(0)
+        self.file.write(header.getvalue())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.rename(_temporary(self.path), self.path)
         documents = np.array(self.documents, np.int64).reshape(-1, 2)
         self.shards.append({
-            "file": f"{stem}.npy",
+            "file": self.path.name,
             "tokens": self.tokens,
             "documents": len(self.documents),
             "text_bytes": self.text_bytes,
             "not_utf8": self.replaced,
-            "sha256": _save(self.job.folder / f"{stem}.npy", tokens),
-            "documents_sha256": _save(self.job.folder / f"{stem}{DOCUMENTS}", documents),
+            "sha256": _checksum(self.path),
+            "documents_sha256": _save(self.path.with_name(self.path.stem + DOCUMENTS), documents),
         })  # fmt: skip
         self._new_shard()
 
-    def finish(self) -> list[dict]:
+    def finish(self) -> None:
         if self.waiting:
             self._encode()
-        if self.pending:
-            self._flush()
-        return self.shards
+        if self.file:
+            self._close_shard()
+
+    def give_up(self) -> None:
+        """Removes what is not whole."""
+        if self.file:
+            with contextlib.suppress(OSError):  # of what could not be written
+                self.file.close()
+            _temporary(self.path).unlink(missing_ok=True)
 
 
 # ---- the end ----
@@ -321,10 +350,15 @@ def _save(path: Path, array: np.ndarray) -> str:
     """Writes an array, atomically. Returns the file's SHA-256."""
     with _whole_file(path) as file:
         np.save(file, array)
+    return _checksum(path)
+
+
+def _checksum(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            supervisor().tick()
     return digest.hexdigest()
 
 
@@ -336,7 +370,7 @@ def _write(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def _whole_file(path: Path):
     """A file that appears under its name when it is whole and on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -346,6 +380,10 @@ def _whole_file(path: Path):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def _sync_folder(path: Path) -> None:

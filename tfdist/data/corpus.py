@@ -26,7 +26,7 @@ from tfdist.errors import DataError
 TRAIN, VALIDATION = "train", "validation"
 _FEW_DOCUMENTS = 20  # below this a split by document would be too coarse: each gives its tail
 _SURE_OF_ONE = 20  # so many validation documents expected: no need to count, the share of each hash decides
-_PIECE_BYTES, _MOST_PIECES = 1 << 24, 1024  # pieces of 16 MiB, larger ones where there would be more than this
+_PIECE_BYTES, _MOST_PIECES = 1 << 24, 128  # pieces of 16 MiB, larger ones where there would be more than this
 _CHUNK_BYTES = 1 << 20
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
 KINDS = "stdlib, files:GLOB, jsonl:GLOB#KEY, tfds:NAME, bin:GLOB, shards:DIR or mix:WEIGHT*SOURCE;WEIGHT*SOURCE"
