@@ -359,5 +359,6 @@ def test_two_then_three_then_one_worker_train_like_one(text_files, tmp_path, mor
     for step in expected:
         a, b = float.fromhex(found[step]), float.fromhex(expected[step])
         assert abs(a - b) < 1e-9 * max(1, abs(b)), (step, a, b)
-    restores = [row["step"] for row in read_rows(tmp_path / "many" / "metrics.jsonl") if row.get("name") == "restore"]
+    events = read_rows(tmp_path / "many" / "metrics.jsonl", "event")
+    restores = [row["step"] for row in events if row["name"] == "restore"]
     assert len(restores) == 2 and 40 <= restores[0] < restores[1] < 400

@@ -1,5 +1,6 @@
 """Sources, tokenizers, the build of shards, and what is found when they are damaged."""
 
+import concurrent.futures
 import gzip
 import json
 import os
@@ -125,6 +126,7 @@ def test_gzipped_files_read_like_plain_ones(tmp_path, small_pieces):
         (b'{"text": "a"}\n{"txt": "b"}', "jsonl:*.txt", "bad record in .* at byte 14: expected the key 'text', found txt"),
         (b'{"text": 3}', "jsonl:*.txt", "expected an object with text at 'text'"),
         (b"{", "jsonl:*.txt", "expected a JSON object"),
+        (b"[" * 100_000, "jsonl:*.txt", "expected a JSON object, maximum recursion"),
         (b"{}", "jsonl:*.txt#body", "expected the key 'body'"),
         (b"abc", "bin:*.txt", "expected uint16 tokens in .*, found 3 bytes"),
         (b"a", "txt:*.txt", "data.source: expected stdlib, files:GLOB"),
@@ -392,7 +394,7 @@ def test_a_build_that_is_killed_goes_on(tmp_path):
                 break
             time.sleep(0.005)
         process.wait()
-        assert not out.exists() or killed < 2
+        assert not out.exists()
     done = tfdist(*arguments, f"--out={out}")
     assert done.returncode == 0 and killed, done.stderr
     other = tfdist(*arguments[:-1], "--processes=1", f"--out={tmp_path}/other")
@@ -416,6 +418,47 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tmp_path, text_files, s
     assert not list((tmp_path / "out.building").glob("*.tmp"))
     build.build(found, "bytes", "source", tmp_path / "out")
     assert shards.read(tmp_path / "out").splits["train"].documents == 27
+
+
+def test_two_builds_at_once_make_one_dataset(tmp_path, text_files, small_pieces):
+    """Threads of this process hold the lock by different files, as processes do."""
+    found, out = plan(f"files:{text_files}/*.txt"), tmp_path / "out"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(build.build, found, "bytes", "source", out) for _ in range(4)]:
+            done.result()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and shards.read(out).splits["train"].documents == 27
+
+
+@pytest.mark.slow
+def test_a_build_whose_parent_alone_was_killed_goes_on_at_once(tmp_path):
+    """Its processes live on for up to a second: what they write is under names of their own."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(8):
+        (tmp_path / "corpus" / f"{i}.txt").write_bytes(
+            np.random.default_rng(i).integers(32, 127, 9_000_000, np.uint8).tobytes()
+        )
+    command = ["data", "build", f"--source=files:{tmp_path}/corpus/*.txt", f"--out={tmp_path}/out", "--processes=2"]
+    process = subprocess.Popen([sys.executable, "-m", "tfdist.cli", *command], start_new_session=True)
+    until_s = time.monotonic() + 60
+    while not list(tmp_path.glob("out.building/*.tmp")) and process.poll() is None and time.monotonic() < until_s:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    done = tfdist(*command)
+    assert done.returncode == 0, done.stderr
+    assert shards.read(tmp_path / "out").splits["train"].tokens > 60_000_000
+
+
+def test_a_tokenizer_file_that_changed_is_read_anew(tmp_path, text_files, small_pieces):
+    made, found = tmp_path / "t.json", plan(f"files:{text_files}/*.txt")
+    made.write_text(tokenizer.make("bpe:300", [b"one text " * 99]).json)
+    spec = f"file:{made}"
+    with pytest.raises(KeyboardInterrupt):
+        build.build(found, spec, "source", tmp_path / "out", progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    made.write_text(tokenizer.make("bpe:300", [b"another " * 99]).json)
+    build.build(found, spec, "source", tmp_path / "out")
+    assert shards.read(tmp_path / "out").tokenizer_hash == tokenizer.fingerprint(tokenizer.make(spec, ()))
 
 
 def test_a_changed_source_is_built_anew(tmp_path, text_files, small_pieces):
@@ -477,9 +520,26 @@ def beyond_the_vocabulary(shard):
     edit_index(shard, vocab_size=100)
 
 
-@damaged("is damaged")
+@damaged("is damaged .KeyError")
 def index_without_a_key(shard):
     edit_index(shard, dtype=None)
+
+
+@damaged("expected the tokenizer .* has changed")
+def other_tokenizer(shard):
+    edit_index(shard, tokenizer_hash="0" * 16)
+
+
+@damaged("has been edited")
+def edited_totals(shard):
+    index = json.loads(shard.with_name("dataset.json").read_text())
+    index["splits"]["train"]["tokens"] = 5
+    edit_index(shard, splits=index["splits"])
+
+
+@damaged("dataset.json is damaged")
+def splits_of_another_kind(shard):
+    edit_index(shard, splits=[])
 
 
 @damaged("expected format")

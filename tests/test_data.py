@@ -171,7 +171,7 @@ def test_pipeline_rows_are_disjoint_complete_and_laid_out_at_their_place(batch, 
         ("dataset", "joined", "memory"),
         ("many_shards", "padded", "memory"),
         ("many_shards", "joined", "blocks"),
-        ("mixed", "padded", "blocks"),
+        pytest.param("mixed", "padded", "blocks", marks=pytest.mark.slow),
         pytest.param("many_shards", "padded", "blocks", marks=pytest.mark.slow),
         pytest.param("mixed", "joined", "blocks", marks=pytest.mark.slow),
         pytest.param("mixed", "padded", "memory", marks=pytest.mark.slow),
@@ -213,6 +213,23 @@ def test_rows_are_windows_of_the_text_each_once_an_epoch(request, source, packin
                 np.testing.assert_array_equal(one, other)
 
 
+def test_ids_of_four_bytes_are_read(tmp_path, in_blocks):
+    """A vocabulary beyond 65,536: from disk in blocks, from memory, for evaluation."""
+    tokens = np.random.default_rng(0).integers(0, 70_000, 6000).astype(np.uint32)
+    head = np.zeros(256, "<i4")
+    head[:3] = 20240801, 7, len(tokens)
+    (tmp_path / "x.bin").write_bytes(head.tobytes() + tokens.tobytes())
+    values = {"tokenizer": "ids:70000", "model__vocab_size": 70_000, "shuffle": False}
+    dataset = shards.open_source(settings(f"bin:{tmp_path}/x.bin", **values).data, tmp_path / "cache")
+    assert dataset.splits["train"].shards[0].dtype == "uint32"
+    for config in (settings(**values), settings(**values, shuffle_buffer_mb=1 << 30)):
+        (x, y, _), *_ = elements(dataset, config, 1)
+        np.testing.assert_array_equal(x.ravel(), tokens[: x.size])
+        np.testing.assert_array_equal(y.ravel(), tokens[1 : x.size + 1])
+        x, y, weight = next(eval_dataset_fn(dataset, config)(InputContext()).as_numpy_iterator())
+        assert np.isin(x[weight > 0], tokens[-600:]).all()
+
+
 @pytest.mark.parametrize("where", ["memory", "blocks"])
 def test_resuming_at_a_million_steps_is_like_counting_there(request, dataset, where):
     if where == "blocks":
@@ -221,7 +238,11 @@ def test_resuming_at_a_million_steps_is_like_counting_there(request, dataset, wh
     (found,) = places(dataset, settings(shuffle_buffer_mb=1), 1, InputContext(start_step=10**6))
     if where == "memory":
         np.testing.assert_array_equal(found, order.sample(8 * 10**6 + tf.range(8)) * LENGTH)
-    assert len(set(found)) == 8
+    else:
+        group_bytes = (1 << 20) // 256
+        block = group_bytes // 16 // (LENGTH * 2)
+        blocks = BlockOrder(order.num_samples, 3, block, group_bytes // ((block * LENGTH + 1) * 2))
+        np.testing.assert_array_equal(found, blocks.sample(8 * 10**6 + tf.range(8)) * LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +396,13 @@ def test_a_worker_without_files_takes_part_with_weight_0(dataset):
     assert weights[0].shape == weights[1].shape
 
 
+def test_shares_that_cannot_be_are_refused_at_the_start(many_shards, mixed):
+    with pytest.raises(DataError, match="replicate: expected as many rows for each of 3 workers, found .2, 3."):
+        places(many_shards, settings(sharding="replicate"), 1, InputContext(0, 3))
+    with pytest.raises(DataError, match="file: expected a file of each dataset of the mixture for each of 2 workers"):
+        places(mixed, settings(sharding="file"), 1, InputContext(1, 2))
+
+
 def test_policies_that_need_memory_say_so(dataset, in_blocks):
     with pytest.raises(DataError, match="data.sharding=hash: expected a corpus of at most data.shuffle_buffer_mb"):
         places(dataset, settings(sharding="hash"), 1, InputContext(0, 2))
@@ -385,7 +413,14 @@ def test_policies_that_need_memory_say_so(dataset, in_blocks):
 
 @pytest.mark.parametrize(
     ("policy", "packing"),
-    [("batch", "padded"), ("file", "joined"), ("hash", "padded"), ("random", "joined"), ("replicate", "joined")],
+    [
+        ("batch", "padded"),
+        ("file", "joined"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("hash", "padded"), ("random", "joined"), ("replicate", "joined"))
+        ),
+    ],
 )
 def test_the_audit_finds_nothing_where_nothing_is(many_shards, policy, packing):
     config = settings(sharding=policy, packing=packing, train__batch_ramp="10:12")
@@ -438,6 +473,7 @@ def test_the_audit_finds_what_was_planted(dataset, name):
     [
         ("batch", lambda ds: ds.take(3).repeat(), "readings of a sample before its turn"),
         ("hash", lambda ds: ds, "are read by more than one worker"),
+        ("random", lambda ds: ds.take(1).repeat(), "are read by more than one worker"),
     ],
 )
 def test_the_audit_finds_repeated_samples(many_shards, policy, change, expected):
@@ -451,8 +487,6 @@ def test_the_audit_finds_repeated_samples(many_shards, policy, change, expected)
 def test_the_audit_on_the_command_line(text_files):
     """A worker without files is a violation: one shard for two."""
     config = ["--config=tests/tiny.py", f"--config.data.source=files:{text_files}/*.txt", "--workers=2", "--steps=10"]
-    done = tfdist("data", "audit", *config)
-    assert done.returncode == 0 and "duplicates: 0, gaps: 0" in done.stdout, done.stderr
     done = tfdist("data", "audit", *config, "--config.data.sharding=file", "--json")
     assert done.returncode == 7 and "worker 1 reads nothing (data.sharding=file)" in done.stdout, done.stderr
 

@@ -9,9 +9,10 @@ import pytest
 from processes import finish, start
 from test_data import places, settings
 
-from tfdist.data import shards
+from tfdist.cluster.resolve import DATA_SERVICE
+from tfdist.data import input, shards
 from tfdist.errors import UserError
-from tfdist.launch.data_service import ADDRESS, DataService
+from tfdist.launch.data_service import DataService
 from tfdist.strategies.base import InputContext
 
 
@@ -25,19 +26,24 @@ def test_no_service_is_one_line(dataset):
         places(dataset, settings(service=True), 1)
 
 
+@pytest.mark.slow
 def test_each_sample_is_handed_out_once(dataset, tmp_path, monkeypatch):
     """Two pipelines with other numbers of rows share the samples of an epoch; the order is that of nobody."""
     service = DataService(2, tmp_path)
     try:
-        monkeypatch.setenv(ADDRESS, service.address)
+        monkeypatch.setenv(DATA_SERVICE, service.address)
+        monkeypatch.setattr(input, "_CHUNK", 16)  # what is fetched ahead is a small part of an epoch
         config = settings(service=True, train__global_batch_size=5)
         number = (dataset.splits["train"].tokens - 1) // 16
-        steps = number // 5 * 6 // 10  # what the pipelines fetch ahead is of this epoch too
+        steps = number // 5 // 2
+        before_s = [cpu_s(process.pid) for process in list(service.processes.values())[1:]]
         found = [places(dataset, config, steps, InputContext(w, 2)) for w in range(2)]
         assert sorted(share.shape[1] for share in found) == [2, 3]
         seen = np.concatenate([share.ravel() for share in found])
         assert len(set(seen)) == len(seen) and set(seen) <= set(np.arange(number) * 16)
         assert service.failure() == ""
+        after_s = [cpu_s(process.pid) for process in list(service.processes.values())[1:]]
+        assert all(after - before > 0.02 for after, before in zip(after_s, before_s, strict=True)), "both work"
         os.killpg(service.processes["data-worker-1"].pid, signal.SIGKILL)
         service.processes["data-worker-1"].wait(5)
         assert service.failure() == "data-worker-1 was killed by signal 9 (SIGKILL)"
@@ -61,6 +67,13 @@ def test_a_lost_data_worker_ends_the_group(text_files, tmp_path):
     assert done.returncode == 140, done.stderr[-2000:]
     assert "the data service is lost: data-worker-0 was killed by signal 9 (SIGKILL)" in done.stderr
     assert not [p for p in os.listdir("/proc") if p.isdigit() and is_data_worker(p, process.pid, 2)]
+
+
+def cpu_s(pid: int) -> float:
+    """Of a process, by now."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def is_data_worker(pid: str, parent: int, arguments: int = 3) -> bool:

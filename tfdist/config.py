@@ -234,6 +234,8 @@ def validate(config: Config) -> Config:
             f"train.accumulate_steps: expected at most train.global_batch_size={smallest}, found {train.accumulate_steps}"
         )
     worker_weights(config)
+    if config.data.service and config.data.packing == "padded":
+        raise ValueError("data.service: expected data.packing=joined or separated, found padded")
     if config.data.service and config.data.sharding != "batch":
         raise ValueError(f"data.service: expected data.sharding=batch (the service shards), found {config.data.sharding}")
     return config
@@ -244,7 +246,7 @@ def batch_sizes(config: Config) -> list[tuple[int, int]]:
     phases = [(0, config.train.global_batch_size)]
     for item in filter(None, config.train.batch_ramp.split(",")):
         step, colon, size = item.partition(":")
-        if not (colon and step.isdigit() and size.isdigit() and int(size) > 0 and int(step) > phases[-1][0]):
+        if not (colon and step.isdecimal() and size.isdecimal() and int(size) > 0 and int(step) > phases[-1][0]):
             raise ValueError(
                 f"train.batch_ramp: expected STEP:SIZE,STEP:SIZE with rising steps, found {config.train.batch_ramp!r}"
             )

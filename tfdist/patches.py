@@ -236,10 +236,13 @@ def coordination_timeouts(members: dict[str, list[str]], register_s: float, hear
 # ---- tf.data: which transformations a dataset is made of ----
 
 
-def upstream(dataset: tf.data.Dataset) -> list[tuple[str, tf.data.Dataset]]:
-    """(name of the transformation, dataset) of a dataset and all that it reads from, the last transformation first. What
+def upstream(dataset: tf.data.Dataset, later: tuple[str, ...] = ()) -> list[tuple[tf.data.Dataset, tuple[str, ...]]]:
+    """A dataset and all that it reads from, each with the names of the transformations that it goes through afterwards. What
     happens inside the functions of `flat_map` and `interleave` is not seen."""
-    return [(type(dataset).__name__, dataset), *(found for before in dataset._inputs() for found in upstream(before))]
+    found = [(dataset, later)]
+    for before in dataset._inputs():
+        found += upstream(before, (*later, type(dataset).__name__))
+    return found
 
 
 def shuffles_without_seed(dataset: tf.data.Dataset) -> bool:
@@ -257,6 +260,7 @@ def mapped_file(path: str, dtype: tf.DType, size: int) -> tf.Tensor:
     What: `ImmutableConst` with an empty `_scoped_allocator`, an attribute that constant folding leaves alone.
     Why: folded, the whole file is copied, twice (20 GB of memory for one of 10 GB). `FixedLengthRecordDataset` reads a file
     from its beginning to get to a place in it, `ReadFile` all of it.
+    A file that is cut short while it is mapped ends the process (SIGBUS).
     Upstream: none reported; FindConstantFoldableNodes in tensorflow/core/common_runtime/constant_folding.cc.
     Versions: TensorFlow 2.19-2.21; tests/test_data.py measures the memory.
     """

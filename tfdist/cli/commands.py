@@ -62,13 +62,14 @@ def train(flags) -> None:
     bytes_per_token = dataset.splits["validation"].bytes_per_token
     keep = config.checkpoint
     with contextlib.closing(trainer):
+        todo = [
+            actions.Log(config.log.every_steps, flops, peak.flops_per_s),
+            actions.StopIfNotFinite(config.train.max_skipped_steps),
+            actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
+            actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
+        ]
         for train_data, last_step in job.train_phases(config, dataset, trainer.step):
-            trainer.train(train_data, last_step, [
-                actions.Log(config.log.every_steps, flops, peak.flops_per_s),
-                actions.StopIfNotFinite(config.train.max_skipped_steps),
-                actions.Evaluate(eval_data, config.eval.every_steps, bytes_per_token, config.eval.max_steps),
-                actions.Checkpoint(keep.every_steps, keep.keep_last, keep.keep_every_steps),
-            ])  # fmt: skip
+            trainer.train(train_data, last_step, todo, config.train.num_steps)
         actions.write_evaluation(trainer, eval_data, bytes_per_token)
     trainer.phase("finish")
     if not strategy.is_chief:

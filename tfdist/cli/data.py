@@ -50,7 +50,7 @@ def main(command: str, arguments: list[str]) -> None:
 def _define(command: str) -> flags.FlagValues:
     given, defaults = flags.FlagValues(), DataConfig()
     if command == "build":
-        flags.DEFINE_string("source", None, corpus.KINDS, flag_values=given)
+        flags.DEFINE_string("source", None, corpus.TEXTS, flag_values=given)
         flags.DEFINE_string("out", None, "the folder to make", flag_values=given)
         flags.DEFINE_string(
             "tokenizer", "bytes", "bytes | bpe:SIZE | file:tokenizer.json | ids:SIZE (of a bin: source)", flag_values=given
@@ -74,7 +74,9 @@ def _build(given: flags.FlagValues, positional: list[str]) -> None:
         fail(f"unexpected argument {positional[0]!r}; flags look like --name=value")
     if not 0 < given.validation_fraction < 1:
         fail(f"--validation_fraction: expected more than 0 and less than 1, found {given.validation_fraction}")
-    out = Path(given.out)
+    out = Path(given.out).absolute()
+    if not out.name:
+        fail(f"--out: expected a new folder, found {given.out}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         fail(f"--out: expected a new folder, found {out}; to use it: --config.data.source=shards:{out}")
     plan = corpus.plan(given.source, given.text_key, given.validation_fraction, given.on_bad_record)

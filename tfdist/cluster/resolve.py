@@ -10,6 +10,7 @@ from tfdist.cluster.spec import Cluster, Task, TFConfigError
 from tfdist.cluster.tf_config import from_tf_config
 
 DEFAULT_PORT = 2222
+DATA_SERVICE = "TFDIST_DATA_SERVICE"  # names the dispatcher of the data service to the training processes
 
 
 def resolve(environ: Mapping[str, str] = os.environ) -> Cluster:
@@ -59,7 +60,7 @@ def devices_per_worker(environ: Mapping[str, str] = os.environ) -> int:
 
 def data_service_address(environ: Mapping[str, str] = os.environ) -> str:
     """Where `tfdist launch --data_workers` has its data service; empty: there is none."""
-    return environ.get("TFDIST_DATA_SERVICE", "")
+    return environ.get(DATA_SERVICE, "")
 
 
 def _port(environ: Mapping[str, str]) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from tfdist.config import Config, worker_weights
-from tfdist.data.input import phases, train_dataset_fn
+from tfdist.data.input import Reader, phases, train_dataset_fn
 from tfdist.data.samples import Samples
-from tfdist.data.shards import TokenDataset
+from tfdist.data.shards import Split, TokenDataset
 from tfdist.strategies.base import DatasetFn, InputContext
 
 _SHOWN = 12  # documents of a worker in the text
@@ -74,10 +74,9 @@ def audit(
     worker that reads nothing.
     """
     make = make or (lambda phase: train_dataset_fn(dataset, config, phase, with_places=True))
-    corpus = np.concatenate([shard.read() for shard in dataset.splits["train"].shards])
     contexts = [(worker, workers) for worker in range(workers)]
-    ends = np.cumsum([shard.tokens for shard in dataset.splits["train"].shards])
-    reads = [_read(make, config, *context, steps, corpus, ends) for context in contexts]
+    split = dataset.splits["train"]
+    reads = [_read(make, config, *context, steps, split) for context in contexts]
     policy, violations = config.data.sharding, []
     for i, found in enumerate(reads):
         if found.tokens_differ:
@@ -85,15 +84,22 @@ def audit(
         if not found.targets.sum():
             violations.append(f"worker {i} reads nothing (data.sharding={policy})")
     if policy == "batch":
-        alone = _read(make, config, 0, 1, steps, corpus, ends)
+        alone = _read(make, config, 0, 1, steps, split)
         together = _joined(reads)
         wrong = [s for s in range(steps) if not np.array_equal(_of_step(together, s), _of_step(alone, s))]
         if wrong:
             violations.append(f"the global batch of step {wrong[0]} is not that of one worker ({len(wrong)} such steps)")
+    padded = config.data.packing == "padded"
+    whole = [Samples(part.splits["train"], config.data.sequence_length, padded).number for _, part in dataset.parts()]
+    numbers = [whole] * workers
     groups = {"batch": [_joined(reads)], "replicate": reads[:1]}.get(policy, reads)
     duplicates = gaps = 0
-    for found in groups:
-        more, fewer = _turns(dataset, config, found)
+    if policy in ("file", "hash", "random"):
+        numbers = [Reader(dataset, config, InputContext(*context)).own_samples() for context in contexts]
+        if policy != "file":  # the ends of files are cut off
+            gaps += sum(whole) - sum(map(sum, numbers))
+    for found, number in zip(groups, numbers, strict=False):
+        more, fewer = _turns(dataset, number, found)
         duplicates, gaps = duplicates + more, gaps + fewer
     if policy == "replicate" and any(not np.array_equal(found.place, reads[0].place) for found in reads):
         violations.append("the workers do not read the same samples (data.sharding=replicate)")
@@ -103,20 +109,20 @@ def audit(
         duplicates += shared
         if shared:
             violations.append(f"{shared} samples are read by more than one worker")
-    elif duplicates:
+    if duplicates and not any("more than one worker" in text for text in violations):
         violations.append(f"{duplicates} readings of a sample before its turn comes again")
     if gaps:
         violations.append(f"{gaps} samples whose turn had come were read by nobody")
-    starts = dataset.splits["train"].starts_and_keys()[:, 0]
+    starts = split.starts_and_keys()[:, 0]
     return Report([_worker(found, starts, config) for found in reads], steps, len(starts), duplicates, gaps, violations)
 
 
 def _read(
-    make: MakeDatasetFn, config: Config, worker: int, workers: int, steps: int, corpus: np.ndarray, ends: np.ndarray
+    make: MakeDatasetFn, config: Config, worker: int, workers: int, steps: int, split: Split
 ) -> Reads:  # fmt: skip
     devices = max(1, config.strategy.num_devices)
     found, differ, length = [], 0, config.data.sequence_length
-    bounds = phases(config)
+    bounds, ends = phases(config), np.cumsum([shard.tokens for shard in split.shards])
     for i, phase in enumerate(bounds):
         last = min(steps, bounds[i + 1].step if i + 1 < len(bounds) else steps)
         if last <= phase.step:
@@ -127,13 +133,23 @@ def _read(
             targets = weight[0] > 0 if weight else np.ones(labels.shape, bool)
             found.append((np.full(len(place), step), place, targets.sum(1)))
             where = place[:, None] + np.arange(length + 1)
-            expected = corpus[np.clip(where, 0, len(corpus) - 1)]
+            expected = _tokens_at(split, np.clip(where, 0, split.tokens - 1))
             wrong = (expected[:, :-1] != inputs) | (expected[:, 1:] != labels)
             if config.data.sharding == "file":  # behind the end of a worker's file comes its next one
                 wrong &= where[:, 1:] < ends[np.searchsorted(ends, place, side="right")][:, None]
             differ += int((wrong & targets).any(1).sum())
     columns = [np.concatenate(column) if found else np.zeros(0, np.int64) for column in zip(*found, strict=True)]
     return Reads(*(columns or [np.zeros(0, np.int64)] * 3), differ)
+
+
+def _tokens_at(split: Split, places: np.ndarray) -> np.ndarray:
+    found, before = np.zeros(places.shape, np.int64), 0
+    for shard in split.shards:
+        mine = (places >= before) & (places < before + shard.tokens)
+        if mine.any():
+            found[mine] = shard.read()[places[mine] - before]
+        before += shard.tokens
+    return found
 
 
 def _weights(config: Config, workers: int) -> tuple[float, ...]:
@@ -151,18 +167,14 @@ def _of_step(reads: Reads, step: int) -> np.ndarray:
     return np.sort(reads.place[mine] * (1 << 20) + reads.targets[mine])
 
 
-def _turns(dataset: TokenDataset, config: Config, reads: Reads) -> tuple[int, int]:
+def _turns(dataset: TokenDataset, numbers: list[int], reads: Reads) -> tuple[int, int]:
     """(readings too many, readings that are missing): after n readings of N samples each was read n / N times, rounded
     down or up. Of a mixture for each of its datasets."""
     duplicates = gaps = before = 0
-    for _, part in dataset.parts():
+    for (_, part), number in zip(dataset.parts(), numbers, strict=True):
         split = part.splits["train"]
         mine = (reads.place >= before) & (reads.place < before + split.tokens) & (reads.targets > 0)
         places, times = np.unique(reads.place[mine], return_counts=True)
-        if config.data.sharding in ("batch", "replicate"):
-            number = Samples(split, config.data.sequence_length, config.data.packing == "padded").number
-        else:
-            number = len(places)  # a worker's own samples are not told; those that it read must come in turns
         if number:
             duplicates += int(np.maximum(times - math.ceil(mine.sum() / number), 0).sum())
             at_least = mine.sum() // number

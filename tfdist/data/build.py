@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ SHARD_TOKENS = 1 << 30  # at most: 2 GiB of uint16
 _TRAINING_BYTES = 1 << 26  # of text that a BPE vocabulary is trained on, in parts from all over the corpus
 _BATCH_BYTES = 1 << 22  # of text that is encoded in one call, and then written: what a process keeps in memory
 _HEADER_BYTES = 128  # of a .npy file with one dimension
-_PLAN, _LOCK = "plan.json", "lock"
+_PLAN = "plan.json"
 
 Progress = Callable[[int], None]  # told how many more bytes of the source are done
 
@@ -57,22 +58,27 @@ def build(
 
     Raises `DataError`; what has been built is kept, and the same call goes on with it.
     """
-    folder = out.with_name(out.name + ".building")
+    folder, lock = out.with_name(out.name + ".building"), out.with_name(out.name + ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / _LOCK):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(lock):
             if (out / INDEX).exists():
                 return  # another process was first
+            folder.mkdir(exist_ok=True)
             _start(folder, plan, spec)
             if not (folder / INDEX).exists():
                 job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
                 _build_pieces(job, processes, max_bad_records, progress, in_process)
                 _write_index(job, source, spec)
-            _clean(folder)
+            for path in [*folder.glob("piece-*.json"), *folder.glob("*.tmp")]:
+                path.unlink()
+            _sync_folder(folder)
             with contextlib.suppress(OSError):  # a folder without an index: left by hand, and empty
                 out.rmdir()
             os.rename(folder, out)
             _sync_folder(out.parent)
+            (out / _PLAN).unlink(missing_ok=True)  # not before: a build that is killed here is still known to be whole
+            lock.unlink()  # whoever waits for it finds `out`
     except OSError as error:
         raise DataError(
             f"data: cannot write {error.filename or out}: {error.strerror}; what is finished is kept in {folder}: the same "
@@ -83,21 +89,32 @@ def build(
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                supervisor().tick()  # another process builds: that is no standstill
+                time.sleep(0.2)
         yield
 
 
 def _start(folder: Path, plan: corpus.Plan, spec: str) -> None:
     """Keeps what an earlier call with the same plan and unchanged files has finished."""
-    facts = json.dumps(
-        {"format": FORMAT, "tokenizer": spec, "shard_tokens": SHARD_TOKENS, "plan": _facts(plan)}, default=list
-    )
+    facts = facts_of(plan, spec)
     if (folder / _PLAN).exists() and (folder / _PLAN).read_text() == facts:
         return
     for path in folder.iterdir():
-        if path.name != _LOCK:
-            path.unlink()
+        path.unlink()
     _write(folder / _PLAN, facts.encode())
+
+
+def facts_of(plan: corpus.Plan, spec: str) -> str:
+    """What decides the result, as far as it can be told without reading: sizes and times of the files stand for them."""
+    kind, _ = tokenizer.kind_and_value(spec)
+    of_file = tokenizer.fingerprint(tokenizer.make(spec, ())) if kind == "file" else ""
+    facts = {"format": FORMAT, "tokenizer": [spec, of_file], "shard_tokens": SHARD_TOKENS, "plan": _facts(plan)}
+    return json.dumps(facts, default=list)
 
 
 def _facts(plan: corpus.Plan) -> dict:
@@ -148,9 +165,11 @@ def _build_pieces(job: Job, processes: int, max_bad_records: int, progress: Prog
             progress(job.plan.pieces[i].size)
         return
     context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
-    pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(missing)), context, _begin, (os.getpid(), in_process))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(missing)), context, _begin, (os.getpid(), in_process, job)
+    )
     try:
-        futures = {pool.submit(build_piece, job, i): i for i in missing}
+        futures = {pool.submit(_build_piece_of_pool, i): i for i in missing}
         for future in concurrent.futures.as_completed(futures):
             bad += _checked(future.result(), bad, max_bad_records)
             progress(job.plan.pieces[futures[future]].size)
@@ -169,8 +188,17 @@ def _checked(records: list[str], before: int, at_most: int) -> int:
     return len(records)
 
 
-def _begin(parent: int, in_process: Callable[[], object]) -> None:
+_job: Job | None = None  # of a process of the pool
+
+
+def _build_piece_of_pool(number: int) -> list[str]:
+    return build_piece(_job, number)
+
+
+def _begin(parent: int, in_process: Callable[[], object], job: Job) -> None:
     """A process of the pool: it ends with the one that started it, also when that one is killed."""
+    global _job
+    _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     in_process()
 
@@ -275,6 +303,7 @@ class _Writer:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+        checksum = _checksum(_temporary(self.path))
         os.rename(_temporary(self.path), self.path)
         documents = np.array(self.documents, np.int64).reshape(-1, 2)
         self.shards.append({
@@ -283,7 +312,7 @@ class _Writer:
             "documents": len(self.documents),
             "text_bytes": self.text_bytes,
             "not_utf8": self.replaced,
-            "sha256": _checksum(self.path),
+            "sha256": checksum,
             "documents_sha256": _save(self.path.with_name(self.path.stem + DOCUMENTS), documents),
         })  # fmt: skip
         self._new_shard()
@@ -317,9 +346,9 @@ def _write_index(job: Job, source: str, spec: str) -> None:
         raise DataError(f"data.source: expected text, found an empty source: {source}")
     index = {
         "format": FORMAT,
-        "data_hash": _data_hash(splits, made),
+        "data_hash": data_hash(splits, tokenizer.fingerprint(made)),
         "source": source,
-        "command": f"tfdist data build --source='{source}' --tokenizer={spec}",
+        "command": _command(job.plan, source, spec),
         "tokenizer": spec,
         "tokenizer_hash": tokenizer.fingerprint(made),
         "vocab_size": made.vocab_size,
@@ -331,9 +360,18 @@ def _write_index(job: Job, source: str, spec: str) -> None:
     _write(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
-def _data_hash(splits: dict, made: tokenizer.Tokenizer) -> str:
+def _command(plan: corpus.Plan, source: str, spec: str) -> str:
+    """What builds the same again, from the same files."""
+    options = {
+        "source": source, "tokenizer": spec, "text_key": plan.text_key, "validation_fraction": str(plan.splitter.fraction),
+        "on_bad_record": "skip" if plan.skip_bad_records else "refuse",
+    }  # fmt: skip
+    return " ".join(["tfdist data build", *(f"--{name}={shlex.quote(value)}" for name, value in options.items())])
+
+
+def data_hash(splits: dict, of_tokenizer: str) -> str:
     """Of the tokens, where documents begin, their keys, and the tokenizer: not of names and places of files."""
-    digest = hashlib.sha256(f"{FORMAT}/{tokenizer.fingerprint(made)}".encode())
+    digest = hashlib.sha256(f"{FORMAT}/{of_tokenizer}".encode())
     for split, content in splits.items():
         digest.update(f"/{split}".encode())
         for shard in content["shards"]:
@@ -341,16 +379,12 @@ def _data_hash(splits: dict, made: tokenizer.Tokenizer) -> str:
     return digest.hexdigest()[:32]
 
 
-def _clean(folder: Path) -> None:
-    for path in [*folder.glob("piece-*.json"), *folder.glob("*.tmp"), folder / _PLAN, folder / _LOCK]:
-        path.unlink(missing_ok=True)
-
-
 def _save(path: Path, array: np.ndarray) -> str:
     """Writes an array, atomically. Returns the file's SHA-256."""
-    with _whole_file(path) as file:
-        np.save(file, array)
-    return _checksum(path)
+    content = io.BytesIO()
+    np.save(content, array)
+    _write(path, content.getvalue())
+    return hashlib.sha256(content.getvalue()).hexdigest()
 
 
 def _checksum(path: Path) -> str:
@@ -383,7 +417,8 @@ def _whole_file(path: Path):
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    """Of this process alone: one of a build that was killed may still live for a moment."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def _sync_folder(path: Path) -> None:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ _SURE_OF_ONE = 20  # so many validation documents expected: no need to count, th
 _PIECE_BYTES, _MOST_PIECES = 1 << 24, 128  # pieces of 16 MiB, larger ones where there would be more than this
 _CHUNK_BYTES = 1 << 20
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"}
-KINDS = "stdlib, files:GLOB, jsonl:GLOB#KEY, tfds:NAME, bin:GLOB, shards:DIR or mix:WEIGHT*SOURCE;WEIGHT*SOURCE"
+TEXTS = "stdlib, files:GLOB, jsonl:GLOB#KEY, tfds:NAME or bin:GLOB"
+_KINDS = f"{TEXTS}, shards:DIR or mix:WEIGHT*SOURCE;WEIGHT*SOURCE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Plan:
     splitter: Splitter
     text_key: str = ""
     skip_bad_records: bool = False
-    chunk_bytes: int = 1 << 20  # longer documents are read, and encoded, in parts that end at a line
+    chunk_bytes: int = 0  # longer documents are read, and encoded, in parts that end at a line
 
     @property
     def size(self) -> int:
@@ -106,7 +108,10 @@ class Plan:
 
     def read(self, piece: Piece) -> Iterator[Part | BadRecord]:
         """The documents of one piece, in order."""
-        return _READERS[self.kind](self, piece)
+        try:
+            yield from _READERS[self.kind](self, piece)
+        except OSError as error:
+            raise DataError(f"data.source: cannot read {error.filename}: {error.strerror}") from error
 
     def documents(self) -> Iterator[Part | BadRecord]:
         """All of them, in order."""
@@ -127,7 +132,7 @@ def plan(source: str, text_key: str, validation_fraction: float, on_bad_record: 
     """
     kind, _, rest = source.partition(":")
     if kind not in _PLANNERS or bool(rest) == (kind == "stdlib"):
-        raise DataError(f"data.source: expected {KINDS}, found {source!r}")
+        raise DataError(f"data.source: expected {_KINDS}, found {source!r}")
     if kind == "jsonl":
         rest, hash_sign, key = rest.rpartition("#") if "#" in rest else (rest, "", "")
         text_key = key or text_key
@@ -359,17 +364,18 @@ def _read_json_lines(found: Plan, piece: Piece) -> Iterator[Part | BadRecord]:
 
 
 def _record(found: Plan, name: str, line: bytes, where: str) -> Iterator[Part | BadRecord]:
+    whole = line.decode(errors="replace")
     try:
-        record = json.loads(line)
+        record = json.loads(whole)
         text = record[found.text_key] if isinstance(record, dict) else None
         problem = "" if isinstance(text, str) else f"expected an object with text at {found.text_key!r}"
     except KeyError:
         problem = f"expected the key {found.text_key!r}, found {', '.join(list(record)[:8])}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"expected a JSON object, {error}"
     if not problem:
-        replaced = text.encode(errors="replace")
-        yield from _document(found, name, replaced, replaced != text.encode(errors="surrogatepass"))
+        characters = re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of pairs, which JSON can name
+        yield from _document(found, name, characters.encode(), characters != text or len(whole.encode()) != len(line))
     elif found.skip_bad_records:
         yield BadRecord(f"{where}: {problem}")
     else:

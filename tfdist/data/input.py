@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tfdist.config import Config, batch_sizes
 from tfdist.data import samples, service, sharding
@@ -51,7 +52,7 @@ def train_dataset_fn(dataset: TokenDataset, config: Config, phase: int = 0, with
         sharding.say_what_the_service_gives_up()
 
     def dataset_fn(context: InputContext) -> tf.data.Dataset:
-        return _Reader(dataset, config, context, phase, with_places).dataset()
+        return Reader(dataset, config, context, phase, with_places).dataset()
 
     return dataset_fn
 
@@ -74,7 +75,7 @@ def eval_dataset_fn(dataset: TokenDataset, config: Config, split_name: str = "va
 
         @_plain
         def load(_):
-            tokens = samples.all_tokens(split.shards) if in_memory else tf.zeros([1], tf.as_dtype(split.shards[0].dtype))
+            tokens = samples.all_tokens(split.shards) if in_memory else tf.zeros([1], samples.token_type(split.shards[0]))
             return tokens, cut.load_index()
 
         @_plain
@@ -122,12 +123,14 @@ def _bytes(splits) -> int:
     return sum(split.tokens * np.dtype(split.shards[0].dtype).itemsize for split in splits if split.shards)
 
 
-class _Reader:
+class Reader:
     """What one pipeline reads of a training run."""
 
-    def __init__(self, dataset: TokenDataset, config: Config, context: InputContext, phase: int, with_places: bool):
+    def __init__(
+        self, dataset: TokenDataset, config: Config, context: InputContext, phase: int = 0, with_places: bool = False
+    ):  # fmt: skip
         self.config, self.context, self.with_places = config, context, with_places
-        self.dataset_of_run, self.number = dataset, phase
+        self.dataset_of_run = dataset
         self.policy, self.length = config.data.sharding, config.data.sequence_length
         self.border = -1 if config.data.border_loss else dataset.document_start
         self.weighted = config.data.packing == "padded" or self.border >= 0 or self.policy != "batch"
@@ -137,6 +140,31 @@ class _Reader:
         self.cuts = [Samples(self._own_files(split), self.length, config.data.packing == "padded") for split in self.whole]
         self.phases, self.phase = phases(config), phases(config)[phase]
         self.rows = self._rows(self.phase.size)
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """What is not for every number of workers."""
+        worker, workers = self.context.pipeline, self.context.pipelines
+        shares = {len(InputContext(w, workers, self.context.replicas, weights=self.context.weights).rows(
+            self.phase.size, self.config.train.accumulate_steps)) for w in range(workers)}  # fmt: skip
+        if self.policy == "replicate" and len(shares) > 1:
+            raise DataError(
+                f"data.sharding=replicate: expected as many rows for each of {workers} workers, found {sorted(shares)}; use "
+                "a train.global_batch_size that they divide"
+            )
+        empty = [i for i, cut in enumerate(self.cuts) if not cut.number]
+        if empty and len(self.cuts) > 1:
+            raise DataError(
+                f"data.sharding=file: expected a file of each dataset of the mixture for each of {workers} workers, found "
+                f"none of dataset {empty[0]} for worker {worker}; use more files, or data.sharding=batch"
+            )
+        if empty:
+            logging.warning("data.sharding=%s: worker %d of %d has nothing to read", self.policy, worker, workers)
+
+    def own_samples(self) -> list[int]:
+        """How many samples of each dataset this pipeline reads in an epoch of its own."""
+        owned = [self._load_index(cut)[1] if self.policy in ("hash", "random") else None for cut in self.cuts]
+        return [cut.number if own is None else int(tf.size(own)) for cut, own in zip(self.cuts, owned, strict=True)]
 
     def _own_files(self, split: Split) -> Split:
         if self.policy != "file":
@@ -162,10 +190,10 @@ class _Reader:
         return sum((after.step - before.step) * len(self._rows(before.size)) for before, after in pairs)
 
     def dataset(self) -> tf.data.Dataset:
+        if not len(self.rows) or not any(cut.number for cut in self.cuts):
+            return self._nothing()
         if self.config.data.service:
             return self._from_service()
-        if not len(self.rows) or not all(cut.number for cut in self.cuts):
-            return self._nothing()
         if _bytes(self.whole) <= self.config.data.shuffle_buffer_mb << 20:
             return self._from_memory()
         return self._in_blocks()
@@ -185,25 +213,26 @@ class _Reader:
     # ---- through the data service ----
 
     def _from_service(self) -> tf.data.Dataset:
-        """Whole chunks of the run's order are what the service hands out; each pipeline takes the samples it gets."""
-        whole = _Reader(self.dataset_of_run, self.config, InputContext(), self.number, self.with_places)
-        whole.config = dataclasses.replace(whole.config, data=dataclasses.replace(whole.config.data, service=False))
-        if _bytes(whole.whole) > self.config.data.shuffle_buffer_mb << 20:
-            raise DataError(
-                "data.service: expected a corpus of at most data.shuffle_buffer_mb="
-                f"{self.config.data.shuffle_buffer_mb}, found {_bytes(whole.whole) >> 20} MB; raise it, or leave it out"
-            )
-        whole.positions = lambda chunk: chunk * _CHUNK + tf.range(_CHUNK, dtype=tf.int64)
+        """Chunks of the run's order, whose numbers the service deals out; each pipeline takes the samples that it gets."""
         consumed = self.phase.sample + (self.context.start_step - self.phase.step) * self.phase.size
-        whole.context = InputContext(start_step=consumed // _CHUNK)
-        chunks = service.through(whole.dataset(), f"train-{consumed}")
+        whole = self.dataset_of_run.splits["train"]
+
+        @_plain
+        def chunk(number):
+            position = number * _CHUNK + tf.range(_CHUNK, dtype=tf.int64)
+            start, targets = self._places(position, [((), tf.constant([-1], tf.int64)) for _ in self.cuts])
+            window = tf.map_fn(
+                lambda first: _from_disk(whole, first, self.length), start, samples.token_type(whole.shards[0])
+            )
+            return self._element(tf.cast(window, tf.int32), targets, start)
+
+        numbers = tf.data.Dataset.range(consumed // _CHUNK, np.iinfo(np.int64).max)
+        chunks = service.through(numbers.map(chunk, num_parallel_calls=2), f"train-{consumed}")
         return chunks.unbatch().batch(len(self.rows), drop_remainder=True)
 
     # ---- from memory ----
 
     def _from_memory(self) -> tf.data.Dataset:
-        first_token = np.cumsum([0] + [cut.split.tokens for cut in self.cuts])
-
         @_plain
         def load(_):
             tokens = samples.all_tokens([shard for cut in self.cuts for shard in cut.split.shards])
@@ -213,12 +242,7 @@ class _Reader:
         def steps(tokens, indices):
             @_plain
             def batch(step):
-                dataset, position = self.mixture.split(self.positions(step))
-                start, targets = tf.zeros_like(position), tf.zeros_like(position)
-                for i, (cut, index) in enumerate(zip(self.cuts, indices, strict=True)):
-                    place, number = self._place(cut, position, *index)
-                    start = tf.where(dataset == i, place + first_token[i], start)
-                    targets = tf.where(dataset == i, number, targets)
+                start, targets = self._places(self.positions(step), indices)
                 window = tf.cast(_windows(tokens, start, self.length), tf.int32)
                 return self._element(window, targets, self._in_whole(start))
 
@@ -226,6 +250,17 @@ class _Reader:
             return endless.map(batch, num_parallel_calls=2, deterministic=True)
 
         return tf.data.Dataset.from_tensors(0).map(load).flat_map(steps)
+
+    def _places(self, positions: tf.Tensor, indices) -> tuple[tf.Tensor, tf.Tensor]:
+        """Positions in the order -> (first token in this worker's files, number of targets)."""
+        first_token = np.cumsum([0] + [cut.split.tokens for cut in self.cuts])
+        dataset, position = self.mixture.split(positions)
+        start, targets = tf.zeros_like(position), tf.zeros_like(position)
+        for i, (cut, index) in enumerate(zip(self.cuts, indices, strict=True)):
+            place, number = self._place(cut, position, *index)
+            start = tf.where(dataset == i, place + first_token[i], start)
+            targets = tf.where(dataset == i, number, targets)
+        return start, targets
 
     def _load_index(self, cut: Samples) -> tuple[tuple[tf.Tensor, ...], tf.Tensor]:
         """(what `place` needs, this worker's samples; one -1: all)."""

@@ -33,7 +33,8 @@ def describe(dataset: TokenDataset, num_samples: int) -> str:
     for name, split in dataset.splits.items():
         starts = split.starts_and_keys()[:, 0]
         for i in np.unique(np.linspace(0, len(starts) - 1, num_samples).astype(int)) if len(starts) else []:
-            lines.append(f"--- {name}, document {i} ---\n{text.decode(_tokens(split, int(starts[i])))}")
+            end = int(starts[i + 1]) if i + 1 < len(starts) else split.tokens
+            lines.append(f"--- {name}, document {i} ---\n{text.decode(_tokens(split, int(starts[i]), end))}")
     return "\n".join(lines)
 
 
@@ -49,11 +50,12 @@ def _bins(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.histogram(lengths, edges)[0], edges
 
 
-def _tokens(split: Split, start: int) -> np.ndarray:
+def _tokens(split: Split, start: int, end: int) -> np.ndarray:
+    """The first tokens of a document, as far as they are in one shard."""
     for shard in split.shards:
         if start < shard.tokens:
-            return shard.read()[start : start + _SAMPLE_TOKENS]
-        start -= shard.tokens
+            return shard.read()[start : min(start + _SAMPLE_TOKENS, end)]
+        start, end = start - shard.tokens, end - shard.tokens
     return np.zeros(0, np.int64)
 
 

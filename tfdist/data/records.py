@@ -7,11 +7,11 @@ when the files are known to be whole, tells; with it a start in the middle passe
 import concurrent.futures
 import dataclasses
 import glob
+import hashlib
 import itertools
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,27 @@ def index_files(pattern: str, index: str | Path, *, on_bad_record: str = "refuse
 def _without(path: Path, offsets: np.ndarray, bad: list[int], folder: Path) -> RecordFile:
     """A copy without the bad records: TensorFlow cannot pass over them."""
     folder.mkdir(exist_ok=True)
-    cleaned = folder / f"{len(list(folder.iterdir())):05d}-{path.name}"
-    with open(path, "rb") as source, open(cleaned, "wb") as copy:
-        for i, (start, end) in enumerate(itertools.pairwise(offsets)):
-            record = source.read(end - start)
-            if i not in bad:
-                copy.write(record)
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
+    cleaned, temporary = folder / f"{name}-{path.name}", folder / f"{name}-{path.name}.tmp"
+    try:
+        with open(path, "rb") as source, open(temporary, "wb") as copy:
+            for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+                record = source.read(end - start)
+                if i not in bad:
+                    copy.write(record)
+        os.replace(temporary, cleaned)
+    finally:
+        temporary.unlink(missing_ok=True)
     return RecordFile(str(cleaned.absolute()), cleaned.stat().st_size, len(offsets) - 1 - len(bad))
 
 
 def _write(index: Path, files: list[RecordFile]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=index.absolute().parent, delete=False) as file:
-        json.dump({"format": 1, "files": [dataclasses.asdict(file) for file in files]}, file, indent=1)
-    os.replace(file.name, index)
+    temporary = index.with_name(f"{index.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps({"format": 1, "files": [dataclasses.asdict(file) for file in files]}, indent=1))
+        os.replace(temporary, index)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_index(index: str | Path) -> list[RecordFile]:

@@ -7,13 +7,14 @@ several.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from tfdist import patches
 from tfdist.data import build
-from tfdist.data.shards import Split
+from tfdist.data.shards import Shard, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,22 @@ def documents(split: Split) -> tuple[tf.Tensor, tf.Tensor]:
     return whole[:, 0], whole[:, 1]
 
 
-def all_tokens(shards) -> tf.Tensor:
-    """Every token of the shards, one after the other."""
+def token_type(shard: Shard) -> tf.DType:
+    """What TensorFlow reads a shard as; it has few operations on uint32, and ids are below 2**31."""
+    return tf.int32 if shard.dtype == "uint32" else tf.as_dtype(shard.dtype)
 
-    def decode(shard):
-        raw = tf.strings.substr(tf.io.read_file(str(shard.path)), shard.header_bytes, -1)
-        return tf.io.decode_raw(raw, tf.as_dtype(shard.dtype))
 
-    return tf.concat([decode(shard) for shard in shards], axis=0)
+def _mapped(shard: Shard) -> tuple[tf.Tensor, int]:
+    """(a shard's file as tokens, mapped; how many of these its header takes)."""
+    dtype = token_type(shard)
+    header = shard.header_bytes // dtype.size
+    return patches.mapped_file(str(shard.path), dtype, header + shard.tokens), header
+
+
+def all_tokens(shards: Sequence[Shard]) -> tf.Tensor:
+    """Every token of the shards, one after the other; of a single one its file, mapped."""
+    parts = [file[header:] for file, header in map(_mapped, shards)]
+    return tf.concat(parts, 0) if len(parts) > 1 else parts[0]
 
 
 def token_range(split: Split, start: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
@@ -85,14 +94,12 @@ def token_range(split: Split, start: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
     """
     ends = np.cumsum([shard.tokens for shard in split.shards])
     starts = tf.constant(ends - [shard.tokens for shard in split.shards], tf.int64)
-    ends, dtype = tf.constant(ends, tf.int64), tf.as_dtype(split.shards[0].dtype)
+    ends, dtype = tf.constant(ends, tf.int64), token_type(split.shards[0])
     headers = tf.constant([shard.header_bytes // dtype.size for shard in split.shards], tf.int64)
-
-    def mapped(shard):
-        return patches.mapped_file(str(shard.path), dtype, shard.header_bytes // dtype.size + shard.tokens)
+    files = [lambda shard=shard: _mapped(shard)[0] for shard in split.shards]
 
     def read(number, whole):
-        file = tf.switch_case(tf.cast(number, tf.int32), [functools.partial(mapped, shard) for shard in split.shards])
+        file = tf.switch_case(tf.cast(number, tf.int32), files)
         first = tf.maximum(start, starts[number]) - starts[number] + headers[number]
         last = tf.minimum(end, ends[number]) - starts[number] + headers[number]
         return number + 1, tf.concat([whole, file[first:last]], 0)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from tfdist.cluster.link import supervisor
 from tfdist.config import DataConfig
@@ -88,11 +89,35 @@ def open_source(config: DataConfig, cache_dir: Path) -> TokenDataset:
         _check_tokenizer(found, config.tokenizer)
         return found
     plan = corpus.plan(config.source, config.text_key, config.validation_fraction, config.on_bad_record)
-    final = cache_dir / content_hash(plan, config.tokenizer)
+    final = cache_dir / _known_content_hash(plan, config.tokenizer, cache_dir)
     if not (final / build.INDEX).exists():
         _make_writable(cache_dir)
         build.build(plan, config.tokenizer, config.source, final, max_bad_records=config.max_bad_records)
+    index = _read_index(final)
+    if index["bad_records"] > config.max_bad_records:
+        raise DataError(
+            f"data.source: expected at most {config.max_bad_records} bad records (data.max_bad_records), found "
+            f"{index['bad_records']} in {config.source}"
+        )
+    not_utf8 = sum(split["not_utf8"] for split in index["splits"].values())
+    for number, what in ((index["bad_records"], "bad records were left out"), (not_utf8, "parts were not UTF-8: replaced")):
+        if number:
+            logging.warning("data.source=%s: %d %s", config.source, number, what)
     return read(final)
+
+
+def _known_content_hash(plan: corpus.Plan, spec: str, cache_dir: Path) -> str:
+    """`content_hash`; of files of the same size and time as before without reading them."""
+    memo = cache_dir / "sources" / hashlib.sha256(build.facts_of(plan, spec).encode()).hexdigest()[:32]
+    try:
+        return memo.read_text()
+    except OSError:
+        found = content_hash(plan, spec)
+    _make_writable(memo.parent)
+    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
+        file.write(found)
+    os.replace(file.name, memo)
+    return found
 
 
 def _mixture(config: DataConfig, cache_dir: Path) -> TokenDataset:
@@ -168,12 +193,13 @@ def read(path: Path) -> TokenDataset:
         extra = sorted({p.name for p in path.glob("*.npy")} - known)
         if extra:
             raise DataError(f"data: expected the shards of {path / build.INDEX}, found another: {extra[0]}; move it away")
+        _check_index(path, index)
         _verify(path, shards, index["vocab_size"])
         return TokenDataset(
             path, index["data_hash"], index["tokenizer"], index["tokenizer_hash"], index["vocab_size"],
             index["document_start"], splits,
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"data: {path / build.INDEX} is damaged ({type(error).__name__}: {error}); build it again"
         ) from error
@@ -191,6 +217,21 @@ def _read_index(path: Path) -> dict:
         found = index.get("format") if isinstance(index, dict) else index
         raise DataError(f"data: expected format {build.FORMAT} in {file}, found {found!r}; build it again")
     return index
+
+
+def _check_index(path: Path, index: dict) -> None:
+    """What follows from the rest must be so: totals, the data's hash, and the tokenizer beside the shards."""
+    made = tokenizer.fingerprint(tokenizer.restore(index["tokenizer"], path))
+    if made != index["tokenizer_hash"]:
+        raise DataError(
+            f"data.tokenizer: expected the tokenizer {index['tokenizer_hash']} that {path} was built with, found {made} "
+            f"({tokenizer.FILE} has changed); build the dataset again"
+        )
+    totals = {name: sum(shard["tokens"] for shard in split["shards"]) for name, split in index["splits"].items()}
+    if index["data_hash"] != build.data_hash(index["splits"], index["tokenizer_hash"]) or any(
+        split["tokens"] != totals[name] for name, split in index["splits"].items()
+    ):
+        raise DataError(f"data: {path / build.INDEX} has been edited (its numbers do not fit each other); build it again")
 
 
 def _open_shard(path: Path, entry: dict, dtype: str) -> Shard:
@@ -238,6 +279,7 @@ def _verify(path: Path, shards: list[dict], vocab_size: int) -> None:
     try:
         with tempfile.NamedTemporaryFile("w", dir=path, prefix=_VERIFIED, delete=False) as file:
             json.dump(states, file)
+        os.chmod(file.name, 0o644)
         os.replace(file.name, path / _VERIFIED)
     except OSError:
         return  # a folder of somebody else's: read again the next time

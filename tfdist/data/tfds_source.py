@@ -32,7 +32,9 @@ def prepare(name: str, text_key: str) -> tuple[Path, dict[str, int]]:
     folder = _prepared(tfds, name)
     info = tfds.builder_from_directory(folder).info
     if text_key not in info.features:
-        raise DataError(f"data.text_key: expected a feature of tfds:{name} ({', '.join(info.features)}), found {text_key!r}")
+        raise DataError(
+            f"data.text_key: expected a feature of tfds:{name} ({', '.join(sorted(info.features))}), found {text_key!r}"
+        )
     if info.features[text_key].dtype not in (str, "string", bytes, object):
         raise DataError(f"data.text_key: expected text in feature {text_key!r}, found {info.features[text_key].dtype}")
     if "train" not in info.splits:

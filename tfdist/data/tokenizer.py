@@ -78,7 +78,8 @@ class SubwordTokenizer:
     def is_text(self) -> np.ndarray:
         """bool [vocab_size]: which tokens a text may have; not the specials."""
         allowed = np.ones(self.vocab_size, bool)
-        allowed[list(self._tokenizer.get_added_tokens_decoder())] = False
+        added = self._tokenizer.get_added_tokens_decoder()
+        allowed[[number for number, token in added.items() if token.special]] = False
         return allowed
 
 
@@ -112,8 +113,8 @@ def token_dtype(vocab_size: int) -> type:
 def kind_and_value(spec: str) -> tuple[str, str]:
     """Splits bytes, bpe:SIZE, file:PATH or ids:SIZE. Raises `DataError` for anything else."""
     kind, _, value = spec.partition(":")
-    number = int(value) if value.isdigit() else 0
-    good = {"bytes": spec == "bytes", "bpe": 258 < number <= 1 << 20, "file": value, "ids": 0 < number <= 1 << 32}
+    number = int(value) if value.isdecimal() else 0
+    good = {"bytes": spec == "bytes", "bpe": 258 < number <= 1 << 20, "file": value, "ids": 0 < number <= 1 << 31}
     if not good.get(kind):
         raise DataError(
             f"data.tokenizer: expected bytes, bpe:SIZE (259 to 1048576), file:tokenizer.json or ids:SIZE, found {spec!r}"

@@ -10,7 +10,6 @@ from pathlib import Path
 from tfdist.cluster import ports
 from tfdist.launch.watchdog import describe_exit
 
-ADDRESS = "TFDIST_DATA_SERVICE"  # names the dispatcher to the training processes
 _MODULE = "tfdist.data.service"
 
 

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tfdist.cluster import ports
+from tfdist.cluster.resolve import DATA_SERVICE
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import DONE, PEER_LOST, STOPPED
 from tfdist.launch import restarts
 from tfdist.launch.assign import Group, clusters, gpus_of_workers
-from tfdist.launch.data_service import ADDRESS, DataService
+from tfdist.launch.data_service import DataService
 from tfdist.launch.member import Member
 from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
@@ -138,7 +139,7 @@ class Launcher:
         own = {"TF_CONFIG": cluster.to_tf_config(), "TFDIST_JOB_TOKEN": self.token,
                MAX_RESTARTS: str(self.group.max_restarts), "PYTHONUNBUFFERED": "1"}  # fmt: skip
         if self.data_service:
-            own[ADDRESS] = self.data_service.address
+            own[DATA_SERVICE] = self.data_service.address
         if self.group.devices_per_worker:
             own["TFDIST_DEVICES_PER_WORKER"] = str(self.group.devices_per_worker)
         if cluster.task in devices:

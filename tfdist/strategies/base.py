@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.cluster.spec import Cluster
+from tfdist.errors import UserError
 
 
 class InputContext:
@@ -25,6 +26,8 @@ class InputContext:
         self, pipeline: int = 0, pipelines: int = 1, replicas: int = 0, start_step: int = 0, weights: Sequence[float] = ()
     ):  # fmt: skip
         self.pipeline, self.pipelines, self.replicas = pipeline, pipelines, replicas or pipelines
+        if weights and len(weights) != pipelines:
+            raise UserError(f"worker_weights: expected one for each of {pipelines} workers, found {len(weights)}")
         self.weights = tuple(weights)
         self._start_step, self.start_step_was_read = start_step, False
 

@@ -37,12 +37,10 @@ def check_shapes(dataset: tf.data.Dataset) -> None:
 def check_order(dataset: tf.data.Dataset, context: InputContext) -> None:
     """Raises `UserError` for a shuffle without a seed that is then sharded: each worker shuffles in its own way, so some
     samples are read twice and others never. Warns of one that is not: a resumed run sees another order."""
-    found = patches.upstream(dataset)
-    shards = [i for i, (name, _) in enumerate(found) if "Shard" in name]
-    for i, (_, one) in enumerate(found):
+    for one, later in patches.upstream(dataset):
         if not patches.shuffles_without_seed(one):
             continue
-        if context.pipelines > 1 and any(shard < i for shard in shards):
+        if context.pipelines > 1 and any("Shard" in name for name in later):
             raise UserError(
                 "expected shuffle(..., seed=...) before shard(), found one without a seed: every worker would shuffle in "
                 "its own way and read samples that others read too; give it a seed, or shard first"

@@ -36,11 +36,8 @@ class Synchronous:
         workers = self.cluster.collective or (self.cluster.task,)
         self.num_workers, self.worker = len(workers), workers.index(self.cluster.task)
         self.num_replicas = tf_strategy.num_replicas_in_sync
-        if worker_weights and len(worker_weights) != self.num_workers:
-            raise UserError(
-                f"worker_weights: expected one for each of {self.num_workers} workers, found {len(worker_weights)}"
-            )
         self.worker_weights = tuple(worker_weights)
+        InputContext(self.worker, self.num_workers, weights=self.worker_weights)  # refuses as many as do not fit
         self.first_replica = self.worker * self.local_replicas()
         self.is_chief = self.worker == 0
         with tf.device("CPU:0"):

@@ -42,7 +42,9 @@ def next_stop(step: int, num_steps: int, steps_per_loop: int, actions: Sequence[
     return min([num_steps, step + steps_per_loop, *(d for d in due if d is not None)])
 
 
-def run(trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Action], stop: StopRequest) -> int:
+def run(
+    trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Action], stop: StopRequest, whole_run: int = 0
+) -> int:  # fmt: skip
     """Trains up to step `num_steps`, the end of the input, or a stop. Returns the step reached."""
     first = step = trainer.step  # the one host sync per turn
     ended, outputs = False, {}
@@ -53,13 +55,15 @@ def run(trainer: "Trainer", iterator: Any, num_steps: int, actions: Sequence[Act
         trainer.phase("train" if step > first else "compile")
         started_s = time.perf_counter()
         outputs, done = trainer.train_steps(iterator, n)
-        turn = Turn(step, step + done, num_steps, outputs, time.perf_counter() - started_s)
+        turn = Turn(step, step + done, whole_run or num_steps, outputs, time.perf_counter() - started_s)
         stop.requested |= bool(outputs["stop"].any())
         step, ended = advance(trainer.state, step, done), done < n or bool(outputs["stop"].any())
         for action in actions:
             action.maybe(trainer, turn)
     # a stop can come at any time, also while an action runs: saving at the end does not depend on when
-    closing = Turn(step, step, num_steps, {name: values[:0] for name, values in outputs.items()}, 0.0, last=True)
+    closing = Turn(
+        step, step, whole_run or num_steps, {name: values[:0] for name, values in outputs.items()}, 0.0, last=True
+    )
     for action in actions:
         action.maybe(trainer, closing)
     return step

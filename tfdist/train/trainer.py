@@ -138,8 +138,12 @@ class Trainer:
         arrays = {key: np.asarray(variable.numpy()) for key, variable in self.state.values().items()}
         return store.save(self.workdir.checkpoints, self.step, arrays, self.facts | {"versions": versions()})
 
-    def train(self, dataset_fn: DatasetFn, num_steps: int, actions: Sequence[loop.Action] = ()) -> int:
+    def train(
+        self, dataset_fn: DatasetFn, num_steps: int, actions: Sequence[loop.Action] = (), whole_run: int = 0
+    ) -> int:  # fmt: skip
         """Trains up to step `num_steps` (counted from the very first start) or the end of the input; returns the step.
+
+        `whole_run`: the last step of the run, where this is a part of it, on data of its own.
 
         SIGTERM and Ctrl-C save through the `Checkpoint` action and raise `Stopped` (exit code 143; 4 if that failed).
         The handlers that were there before are put back.
@@ -152,7 +156,7 @@ class Trainer:
                     dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step, num_steps=num_steps - self.step
                 )
                 try:
-                    loop.run(self, iterator, num_steps, actions, stop)
+                    loop.run(self, iterator, num_steps, actions, stop, whole_run)
                 except (CheckpointError, KeyboardInterrupt) as error:
                     if not stop.requested:
                         raise
