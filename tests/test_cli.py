@@ -219,6 +219,29 @@ def test_start_from_the_weights_of_another_run(finished, source, tmp_path):
 # ---- bad input ----
 
 
+@pytest.mark.slow
+def test_a_ramped_batch_in_subwords_and_packed_documents(source, tmp_path):
+    """Evaluated at the border too; done steps cannot be changed, later ones can; the run keeps its tokenizer."""
+    arguments = [
+        source, f"--workdir={tmp_path}/run", "--config.data.tokenizer=bpe:300", "--config.model.vocab_size=300",
+        "--config.data.packing=separated", "--config.eval.every_steps=10", "--config.train.num_steps=30",
+    ]  # fmt: skip
+    done = tfdist("train", "--config=tests/tiny.py", *arguments, "--config.train.batch_ramp=10:12,20:6")
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["tokens"] // 32 for row in rows] == [8] * 10 + [12] * 10 + [6] * 10
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl", "eval")] == [10, 20, 30]
+    more = ["--config.train.num_steps=40", "--config.train.batch_ramp"]
+    refused = tfdist("train", "--config=tests/tiny.py", *arguments, *more[:1], more[1] + "=10:16,20:6")
+    assert_one_line(refused, 2, "train.batch_ramp: expected '10:12,20:6' up to step 30", "only later steps may change")
+    done = tfdist("train", "--config=tests/tiny.py", *arguments, *more[:1], more[1] + "=10:12,20:6,35:16")
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl", "train")
+    assert [row["tokens"] // 32 for row in rows[30:]] == [6] * 5 + [16] * 5
+    text = tfdist("generate", f"--workdir={tmp_path}/run", "--prompt=the quick", "--num_tokens=9")
+    assert text.returncode == 0 and text.stdout.startswith("the quick"), text.stderr
+
+
 def test_a_config_that_does_not_fit_the_workdir_names_the_fields(finished, source):
     workdir, _ = finished
     before = (workdir / "config.json").read_bytes()

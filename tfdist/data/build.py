@@ -32,7 +32,7 @@ FORMAT = 2
 INDEX = "dataset.json"
 DOCUMENTS = ".documents.npy"  # beside each shard: int64 [documents, 2], where each begins in the shard, and its key
 SHARD_TOKENS = 1 << 30  # at most: 2 GiB of uint16
-_TRAINING_BYTES = 1 << 26  # of text that a BPE vocabulary is trained on, in parts from all over the corpus
+_TRAINING_BYTES_PER_TOKEN = 1 << 12  # of a BPE vocabulary: so much text trains it, in parts from all over the corpus
 _BATCH_BYTES = 1 << 22  # of text that is encoded in one call, and then written: what a process keeps in memory
 _HEADER_BYTES = 128  # of a .npy file with one dimension
 _PLAN = "plan.json"
@@ -128,16 +128,18 @@ def _facts(plan: corpus.Plan) -> dict:
 def _tokenizer(folder: Path, plan: corpus.Plan, spec: str) -> str:
     """Its name; trains and keeps it if that has not been done."""
     path = folder / tokenizer.FILE
-    if tokenizer.kind_and_value(spec)[0] in ("bpe", "file") and not path.exists():
-        _write(path, tokenizer.make(spec, training_texts(plan)).json.encode())
+    kind, value = tokenizer.kind_and_value(spec)
+    if kind in ("bpe", "file") and not path.exists():
+        texts = training_texts(plan, int(value) * _TRAINING_BYTES_PER_TOKEN) if kind == "bpe" else ()
+        _write(path, tokenizer.make(spec, texts).json.encode())
     return spec
 
 
-def training_texts(plan: corpus.Plan) -> Iterator[bytes]:
+def training_texts(plan: corpus.Plan, num_bytes: int) -> Iterator[bytes]:
     """Training text for a vocabulary, the same amount from each of some pieces that lie evenly in the corpus."""
-    number = max(1, min(len(plan.pieces), _TRAINING_BYTES // (1 << 20)))
+    number = max(1, min(len(plan.pieces), num_bytes // (1 << 20)))
     for i in range(number):
-        left = _TRAINING_BYTES // number
+        left = num_bytes // number
         for part in plan.read(plan.pieces[i * len(plan.pieces) // number]):
             if left <= 0:
                 break
