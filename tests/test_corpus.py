@@ -159,6 +159,26 @@ def test_what_is_no_utf8_is_replaced_and_counted(tmp_path):
     assert "bad \ufffd\ufffd\n".encode() in bytes(whole_split(found)[whole_split(found) < 256].astype(np.uint8))
 
 
+def test_json_that_is_no_utf8_is_replaced_and_counted(tmp_path, caplog):
+    """Bytes, and halves of a surrogate pair, which JSON can name."""
+    lines = [b'{"text": "good %d"}' % i for i in range(23)] + [b'{"text": "bad \xff"}', b'{"text": "half \\ud800"}']
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    found = opened(f"jsonl:{tmp_path}/x.jsonl", tmp_path / "cache")
+    text = "".join(found.make_tokenizer().decode(whole_split(found, split)) for split in ("train", "validation"))
+    assert "bad \ufffd" in text and "half \ufffd" in text
+    assert "2 parts were not UTF-8: replaced" in caplog.text
+
+
+def test_files_that_did_not_change_are_not_read_again(tmp_path, text_files, monkeypatch):
+    source, computed = f"files:{text_files}/*.txt", []
+    whole = shards.content_hash
+    monkeypatch.setattr(shards, "content_hash", lambda *arguments: computed.append(1) or whole(*arguments))
+    first = opened(source, tmp_path)
+    assert opened(source, tmp_path) == first and len(computed) == 1
+    os.utime(text_files / "00.txt")
+    assert opened(source, tmp_path) == first and len(computed) == 2
+
+
 def test_globs_reach_into_folders(tmp_path):
     (tmp_path / "docs" / "deep").mkdir(parents=True)
     for name in ("docs/a.txt", "docs/deep/b.txt"):
@@ -176,6 +196,8 @@ def test_bad_records_are_skipped_within_a_budget(tmp_path):
     assert json.loads((found.path / "dataset.json").read_text())["bad_records"] == 2
     with pytest.raises(DataError, match="expected at most 1 bad records .* found more: .*at byte"):
         opened(source, tmp_path / "other", on_bad_record="skip", max_bad_records=1)
+    with pytest.raises(DataError, match="expected at most 1 bad records .* found 2 in jsonl"):
+        opened(source, cache, on_bad_record="skip", max_bad_records=1)
     with pytest.raises(DataError, match="bad record in .*data.on_bad_record=skip"):
         opened(source, tmp_path / "other")
 
