@@ -437,7 +437,7 @@ def test_gpus_are_divided(visible, workers, per_worker, expected):
         (["launch"], "expected --workers=N"),
         (["launch", "--workers=0", "--", "train"], "workers"),
         (["launch", "--workers=2"], "expected a program after --"),
-        (["launch", "--wrokers=2", "--", "train"], "did you mean workers?"),
+        (["launch", "--wrokers=2", "--", "train"], "did you mean workers"),
         (["launch", "--workers=2", "oops", "--", "train"], "unexpected argument 'oops'"),
         (["supervise"], "expected a program after --"),
     ],

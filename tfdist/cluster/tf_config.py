@@ -49,6 +49,8 @@ def _parse(text: str | bytes) -> dict[str, Any]:
         )
     if not text.strip():
         raise TFConfigError(f"TF_CONFIG: is empty, got {_short(text)}; unset it to train on this machine alone")
+    if text.count(",") > 2 * _MAX_STRINGS:  # of anything: parsing would take long
+        raise TFConfigError(f"TF_CONFIG: more than {2 * _MAX_STRINGS} values, got {_short(text)}; is it the right file?")
     if text.count('"') > 2 * _MAX_STRINGS:
         raise TFConfigError(f"TF_CONFIG: more than {_MAX_STRINGS} strings, got {_short(text)}; is it the right file?")
     brackets = re.sub(r"[^\[\]{}]+", "", _STRING.sub("", text))
