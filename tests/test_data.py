@@ -365,7 +365,14 @@ def test_policies_divide_everything(policy, items, workers):
 
 
 @pytest.mark.parametrize(
-    ("policy", "packing"), [("file", "padded"), ("hash", "joined"), ("random", "padded"), ("replicate", "joined")]
+    ("policy", "packing"),
+    [
+        ("hash", "joined"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("file", "padded"), ("random", "padded"), ("replicate", "joined"))
+        ),
+    ],
 )
 def test_workers_read_their_share_of_the_corpus_and_all_of_it(many_shards, policy, packing):
     config, workers = settings(sharding=policy, packing=packing, train__global_batch_size=24), 3

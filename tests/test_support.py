@@ -29,6 +29,7 @@ SHOWN = {
     "accumulation": [ACCUMULATION, CONVOLUTION],
     "clipping (norm, global norm, value)": [EMPTY, LLAMA, DENSE],
     "uneven last batch, empty replica, step without weight": [EMPTY, ACCUMULATION],
+    "pipelines that end at different steps: all finish together": ["pipelines_that_end_at_different_steps"],
     "dropout of tfdist models, equal to one device": [EMPTY, ACCUMULATION, LLAMA],
     "stock Keras random layers (differ between replicas, not equal to one device)": [
         "test_equality:test_replicas_draw_different_masks_in_stock_layers",

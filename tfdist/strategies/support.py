@@ -30,6 +30,7 @@ TABLE: dict[str, dict[str, str]] = {
         ("accumulation", YES, YES),
         ("clipping (norm, global norm, value)", YES, YES),
         ("uneven last batch, empty replica, step without weight", YES, YES),
+        ("pipelines that end at different steps: all finish together", YES, YES),
         ("dropout of tfdist models, equal to one device", YES, YES),
         ("stock Keras random layers (differ between replicas, not equal to one device)", YES, YES),
         ("batch normalisation, synchronised (without XLA on several replicas)", YES, YES),
