@@ -61,8 +61,7 @@ class Bench:
     ):  # fmt: skip
         """Trains over `batches` again and again and keeps losses and variables."""
         keras.utils.set_random_seed(1)
-        if self.dtype == "float32":
-            batches = tf.nest.map_structure(lambda a: a.astype("float32") if a.dtype == np.float64 else a, batches)
+        batches = self.cast(batches)
         rows, traces = [], []
         whole_loss = loss
 
@@ -109,6 +108,10 @@ class Bench:
         numbers = [evaluated.loss, evaluated.weight, evaluated.tokens, *evaluated.metrics.values()]
         self.results[f"{prefix}eval"] = np.array(numbers)
         return trainer
+
+    def cast(self, batches: list[tuple]) -> list[tuple]:
+        """NumPy draws in float64."""
+        return tf.nest.map_structure(lambda a: a.astype(self.dtype) if a.dtype == np.float64 else a, batches)
 
     def lm(self, **config):
         values = dict(vocab_size=VOCABULARY, num_layers=1, num_heads=2, model_dim=8, dtype=self.dtype) | config
@@ -459,7 +462,7 @@ def a_step_that_is_not_finite_is_skipped_by_all(bench: Bench) -> None:
         return [c.numpy() for v in values for c in bench.strategy.tf_strategy.experimental_local_results(v.value)]
 
     before = copies()
-    iterator = bench.strategy.distribute(lambda context: dataset(batches[3:4], context))
+    iterator = bench.strategy.distribute(lambda context: dataset(bench.cast(batches[3:4]), context))
     outputs, _ = trainer.train_steps(iterator, 1)
     bench.results["changed"] = np.array([sum((a != b).any() for a, b in zip(before, copies(), strict=True))])
     assert outputs["skipped"][0] == 1 and bench.results["changed"] == 0

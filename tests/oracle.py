@@ -20,12 +20,19 @@ def cells_of(strategy: str, dtype: str) -> tuple[str, ...]:
     return tuple(cell for cell in CELLS if cell not in alone and not (dtype == "float32" and cell in SIXTEEN_BITS))
 
 
-@functools.cache
 def results(strategy: str, dtype: str, cells: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The results of the cells on one strategy, computed once per session in a process, or a cluster, of its own.
 
     Variables have a leading axis of all replicas of all workers.
     """
+    found = _results_or_error(strategy, dtype, cells)
+    assert not isinstance(found, str), found
+    return found
+
+
+@functools.cache
+def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...]) -> dict[str, np.ndarray] | str:
+    """An error is kept too: a cell that fails must not run again for each of the others."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.npz"
         program = [str(Path(__file__).parent / "cells.py"), strategy, dtype, str(out), *cells]
@@ -34,7 +41,8 @@ def results(strategy: str, dtype: str, cells: tuple[str, ...]) -> dict[str, np.n
             launch = ["-m", "tfdist.cli", "launch", f"--workers={shape.partition('x')[0]}", f"--log_dir={folder}"]
             program = [*launch, "--", "python", *program]
         done = run(program, limit_s=600)
-        assert done.returncode == 0, done.stderr[-4000:]
+        if done.returncode != 0:
+            return done.stderr[-4000:]
         workers = []
         for path in sorted(Path(folder).glob("results.npz.*")):
             with np.load(path) as arrays:
