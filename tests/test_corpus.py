@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from processes import tfdist
 
 from tfdist.config import DataConfig
-from tfdist.data import build, corpus, shards, tfds_source, token_files, tokenizer
+from tfdist.data import build, corpus, documents, pieces, shards, tfds_source, token_files, tokenizer
 from tfdist.data.tokenizer import ByteTokenizer
 from tfdist.errors import DataError
 
@@ -26,7 +26,7 @@ def plan(source, fraction=0.1, **options):
     return corpus.plan(source, "text", fraction, **options)
 
 
-def documents(source, fraction=0.1):
+def parts_of(source, fraction=0.1):
     """name -> (split of each part, whole text)."""
     whole = {}
     for part in plan(source, fraction).documents():
@@ -50,8 +50,8 @@ def dataset(text_files, cache_dir):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of 3 kB, parts of 500 bytes, shards of 1,500 tokens: what a large corpus is cut into."""
-    monkeypatch.setattr(corpus, "_PIECE_BYTES", 3000)
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 3000)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 500)
     monkeypatch.setattr(build, "SHARD_TOKENS", 1500)
 
 
@@ -78,7 +78,7 @@ def test_few_documents_give_their_tails_to_validation(tmp_path, suffix):
     text = "naïve Δx → 0\n".encode() * 7 + "é".encode() * 9  # the tail begins in the middle of a character
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
-    ((train, validation),) = documents(f"files:{path}").values()
+    ((train, validation),) = parts_of(f"files:{path}").values()
     assert (train.split, validation.split) == ("train", "validation") and train.begins and validation.begins
     assert train.text + validation.text == text and not train.replaced
     assert abs(len(validation.text) - len(text) // 10) < 4
@@ -110,7 +110,7 @@ def test_gzipped_files_read_like_plain_ones(tmp_path, small_pieces):
         text = "".join(f"{i} line {j}\n" for j in range(300))
         (tmp_path / f"{i:02}.txt").write_text(text)
         (tmp_path / f"{i:02}.txt.gz").write_bytes(gzip.compress(text.encode()))
-    plain, packed = documents(f"files:{tmp_path}/*.txt"), documents(f"files:{tmp_path}/*.gz")
+    plain, packed = parts_of(f"files:{tmp_path}/*.txt"), parts_of(f"files:{tmp_path}/*.gz")
     for name, parts in plain.items():
         assert b"".join(p.text for p in parts) == b"".join(p.text for p in packed[name + ".gz"])
 
@@ -136,18 +136,18 @@ def test_bad_sources_are_one_line(tmp_path, content, pattern, expected):
     if content is not None:
         (tmp_path / ("x.gz" if pattern.endswith("gz") else "x.txt")).write_bytes(content)
     with pytest.raises(DataError, match=expected) as error:
-        documents(pattern.replace(":", f":{tmp_path}/", 1))
+        parts_of(pattern.replace(":", f":{tmp_path}/", 1))
     assert error.value.exit_code == 3 and "\n" not in str(error.value)
 
 
 def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "a.txt").mkdir()  # to root every file is readable: a folder is not
     with pytest.raises(DataError, match="expected files at"):
-        documents(f"files:{tmp_path}/a.txt")
+        parts_of(f"files:{tmp_path}/a.txt")
     (tmp_path / "b.txt").write_text("text")
     monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(DataError, match="cannot read .*b.txt: Permission denied"):
-        documents(f"files:{tmp_path}/b.txt")
+        parts_of(f"files:{tmp_path}/b.txt")
 
 
 def test_what_is_no_utf8_is_replaced_and_counted(tmp_path):
@@ -183,7 +183,7 @@ def test_globs_reach_into_folders(tmp_path):
     (tmp_path / "docs" / "deep").mkdir(parents=True)
     for name in ("docs/a.txt", "docs/deep/b.txt"):
         (tmp_path / name).write_text("text " * 50)
-    assert set(documents(f"files:{tmp_path}/docs/**/*.txt")) == {"a.txt", "deep/b.txt"}
+    assert set(parts_of(f"files:{tmp_path}/docs/**/*.txt")) == {"a.txt", "deep/b.txt"}
 
 
 def test_bad_records_are_skipped_within_a_budget(tmp_path):
@@ -354,7 +354,7 @@ def test_the_cache_is_addressed_by_content_not_by_place(dataset, text_files, cac
 
 
 def test_shards_hold_every_document_and_say_so(dataset, text_files):
-    parts = documents(f"files:{text_files}/*.txt")
+    parts = parts_of(f"files:{text_files}/*.txt")
     for split in ("train", "validation"):
         found = {name: d for name, (d,) in parts.items() if d.split == split}
         texts = [np.concatenate([[256], np.frombuffer(d.text, np.uint8)]) for d in found.values()]
@@ -364,7 +364,7 @@ def test_shards_hold_every_document_and_say_so(dataset, text_files):
         assert info.text_bytes == sum(len(d.text) for d in found.values())
         starts, keys = info.starts_and_keys().T
         np.testing.assert_array_equal(starts, np.cumsum([0, *map(len, texts[:-1])]))
-        assert list(keys) == [corpus.key_of(name) for name in found]
+        assert list(keys) == [documents.key_of(name) for name in found]
 
 
 # ---- the build ----

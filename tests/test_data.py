@@ -8,7 +8,7 @@ import tensorflow as tf
 from processes import run, tfdist
 
 from tfdist.config import Config, DataConfig, batch_sizes
-from tfdist.data import audit, build, corpus, sharding, shards
+from tfdist.data import audit, build, corpus, documents, pieces, sharding, shards
 from tfdist.data.input import eval_dataset_fn, phases, train_dataset_fn
 from tfdist.data.order import BlockOrder, Mixture, Order
 from tfdist.errors import DataError
@@ -52,7 +52,7 @@ def many_shards(text_files, tmp_path_factory):
     """The same corpus in a dozen shards."""
     out = tmp_path_factory.mktemp("shards") / "many"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "_PIECE_BYTES", 3000)
+        patch.setattr(pieces, "_PIECE_BYTES", 3000)
         build.build(corpus.plan(f"files:{text_files}/*.txt", "text", 0.1), "bytes", "many", out)
     return shards.read(out)
 
@@ -347,7 +347,7 @@ def test_a_model_with_a_small_vocabulary_is_found(dataset):
 def test_policies_divide_everything(policy, items, workers):
     """Everybody's share by a table: disjoint and complete, because each item has one owner; even within one, but for
     hashes, which are even on average; with fewer items than workers some have nothing."""
-    keys = np.array([corpus.key_of(f"document {i}") for i in range(items)], np.int64)
+    keys = np.array([documents.key_of(f"document {i}") for i in range(items)], np.int64)
     owners = {
         "file": lambda: np.array(sharding.owner_of_files(items, workers), np.int64),
         "random": lambda: sharding.owner_at_random(items, workers, seed=1).numpy() if items else np.zeros(0, np.int64),

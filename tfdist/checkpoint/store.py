@@ -18,6 +18,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from absl import logging
 
+from tfdist import files
 from tfdist.cluster.link import supervisor
 from tfdist.errors import CheckpointError
 
@@ -60,13 +61,13 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
             "files": {_VALUES: {"size": size, "sha256": checksum}},
         }
         manifest["sha256"] = _manifest_checksum(manifest)
-        _write_synced(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(temporary)
+        files.write(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        files.sync_folder(temporary)
         temporary.chmod(0o755)  # mkdtemp's are for the owner alone
         if final.exists():  # damaged
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync_folder(folder)
+        files.sync_folder(folder)
         return final
     except OSError as error:
         if temporary is not None:
@@ -104,8 +105,8 @@ def verify(path: Path) -> Checkpoint:
     """Reads the manifest and checks every file's size and SHA-256. Raises `CheckpointError` with file and reason."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-        files, step, checksum = manifest["files"], manifest["step"], manifest["sha256"]
-        expected_files = {name: (facts["size"], facts["sha256"]) for name, facts in files.items()}
+        step, checksum = manifest["step"], manifest["sha256"]
+        expected_files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path / _MANIFEST}: missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -119,7 +120,7 @@ def verify(path: Path) -> Checkpoint:
             size = (path / name).stat().st_size
             if size != expected_size:
                 raise CheckpointError(f"{path / name}: expected {expected_size} bytes, found {size}")
-            checksum = _file_checksum(path / name)
+            checksum = files.sha256(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
         if checksum != expected_checksum:
@@ -139,14 +140,6 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed save left behind."""
     for path in folder.glob("step-*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _file_checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _folder_name(step: int) -> str:
@@ -189,18 +182,3 @@ def _assemble(entry: dict[str, Any], data: Mapping[str, np.ndarray]) -> np.ndarr
         place = tuple(slice(o, o + n) for o, n in zip(piece["offset"], piece["shape"], strict=True))
         whole[place] = raw.view(dtype).reshape(piece["shape"])
     return whole
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,12 +1,12 @@
 """The folder of one run, and the lock that keeps a second run out of it."""
 
-import contextlib
 import fcntl
 import hashlib
 import os
 from pathlib import Path
 from typing import IO
 
+from tfdist import files
 from tfdist.errors import UserError, WorkdirInUse
 
 _LAUNCH = ".launch"  # which launch began this run anew
@@ -78,7 +78,7 @@ class Workdir:
 
     def belongs_to_launch(self, token: str) -> None:
         if token:
-            write_atomically(self.path / _LAUNCH, _digest(token))
+            files.write(self.path / _LAUNCH, _digest(token).encode())
 
     def set_aside(self) -> Path | None:
         """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder.
@@ -95,17 +95,3 @@ class Workdir:
         for path in present:
             path.rename(aside / path.name)
         return aside
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of the text or none: a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()

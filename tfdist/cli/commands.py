@@ -10,8 +10,9 @@ from pathlib import Path
 
 from absl import logging
 
+from tfdist import files
 from tfdist.checkpoint import store
-from tfdist.checkpoint.workdir import Workdir, write_atomically
+from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli import job
 from tfdist.cli.processes import workdir_of
 from tfdist.cluster.link import supervisor
@@ -126,7 +127,7 @@ def _sample(config, model, workdir: Workdir, step: int) -> str:
     sampling, tokenizer = Sampling(temperature=0.8, seed=config.train.seed), job.text_tokenizer(config, workdir)
     text = generate_text(model, "", num_tokens, sampling, tokenizer) if num_tokens and tokenizer.document_start >= 0 else ""
     workdir.samples.mkdir(exist_ok=True)
-    write_atomically(workdir.samples / f"step-{step:08d}.txt", text)
+    files.write(workdir.samples / f"step-{step:08d}.txt", text.encode())
     return text
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import keras
 from absl import logging
 
+from tfdist import files
 from tfdist.checkpoint import keys, store
-from tfdist.checkpoint.workdir import Workdir, write_atomically
+from tfdist.checkpoint.workdir import Workdir
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token
 from tfdist.config import Config, batch_sizes, config_hash, differing_fields, from_json, to_json
@@ -157,7 +158,7 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
                 old.train.num_steps, config.train.num_steps,
             )  # fmt: skip
     try:
-        write_atomically(workdir.config, to_json(config))
+        files.write(workdir.config, to_json(config).encode())
     except OSError as error:
         raise UserError(f"workdir: cannot write {workdir.config}: {error.strerror}") from error
     return workdir
@@ -177,7 +178,7 @@ def keep_tokenizer(dataset: shards.TokenDataset, workdir: Workdir) -> None:
     """A run can be sampled from without its data."""
     json = dataset.make_tokenizer().json
     if json:
-        write_atomically(workdir.tokenizer, json)
+        files.write(workdir.tokenizer, json.encode())
 
 
 def text_tokenizer(config: Config, workdir: Workdir) -> tokenizer.Tokenizer:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -20,21 +19,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
+from tfdist import files
 from tfdist.cluster.link import supervisor
 from tfdist.data import corpus, tokenizer
+from tfdist.data.documents import BadRecord, Part
+from tfdist.data.pieces import TRAIN, VALIDATION
+from tfdist.data.shard_writer import ShardWriter
 from tfdist.errors import DataError
 
 FORMAT = 2
 INDEX = "dataset.json"
-DOCUMENTS = ".documents.npy"  # beside each shard: int64 [documents, 2], where each begins in the shard, and its key
 SHARD_TOKENS = 1 << 30  # at most: 2 GiB of uint16
 _TRAINING_BYTES_PER_TOKEN = 1 << 12  # of a BPE vocabulary: so much text trains it, in parts from all over the corpus
-_BATCH_BYTES = 1 << 22  # of text that is encoded in one call, and then written: what a process keeps in memory
-_HEADER_BYTES = 128  # of a .npy file with one dimension
 _PLAN = "plan.json"
 
 Progress = Callable[[int], None]  # told how many more bytes of the source are done
@@ -62,28 +61,32 @@ def build(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(lock):
-            if (out / INDEX).exists():
-                return  # another process was first
-            folder.mkdir(exist_ok=True)
-            _start(folder, plan, spec)
-            if not (folder / INDEX).exists():
-                job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
-                _build_pieces(job, processes, max_bad_records, progress, in_process)
-                _write_index(job, source, spec)
-            for path in [*folder.glob("piece-*.json"), *folder.glob("*.tmp")]:
-                path.unlink()
-            _sync_folder(folder)
-            with contextlib.suppress(OSError):  # a folder without an index: left by hand, and empty
-                out.rmdir()
-            os.rename(folder, out)
-            _sync_folder(out.parent)
-            (out / _PLAN).unlink(missing_ok=True)  # not before: a build that is killed here is still known to be whole
-            lock.unlink()  # whoever waits for it finds `out`
+            if not (out / INDEX).exists():  # else another process was first
+                folder.mkdir(exist_ok=True)
+                _start(folder, plan, spec)
+                if not (folder / INDEX).exists():
+                    job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
+                    _build_pieces(job, processes, max_bad_records, progress, in_process)
+                    _write_index(job, source, spec)
+                _finish(folder, out)
+            lock.unlink(missing_ok=True)  # whoever waits for it, or for one of the same name, finds `out`
     except OSError as error:
         raise DataError(
             f"data: cannot write {error.filename or out}: {error.strerror}; what is finished is kept in {folder}: the same "
             "command goes on there"
         ) from error
+
+
+def _finish(folder: Path, out: Path) -> None:
+    """Gives a whole dataset its name. Its plan goes last: a build that is killed before is still known to be whole."""
+    for path in [*folder.glob("piece-*.json"), *folder.glob("*.tmp")]:
+        path.unlink()
+    files.sync_folder(folder)
+    with contextlib.suppress(OSError):  # a folder without an index: left by hand, and empty
+        out.rmdir()
+    os.rename(folder, out)
+    files.sync_folder(out.parent)
+    (out / _PLAN).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -106,7 +109,7 @@ def _start(folder: Path, plan: corpus.Plan, spec: str) -> None:
         return
     for path in folder.iterdir():
         path.unlink()
-    _write(folder / _PLAN, facts.encode())
+    files.write(folder / _PLAN, facts.encode())
 
 
 def facts_of(plan: corpus.Plan, spec: str) -> str:
@@ -118,11 +121,13 @@ def facts_of(plan: corpus.Plan, spec: str) -> str:
 
 
 def _facts(plan: corpus.Plan) -> dict:
-    paths = {span.path for piece in plan.pieces for span in piece.spans}
-    stats = {path: os.stat(path) for path in sorted(paths)}
-    files = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+    paths = sorted({span.path for piece in plan.pieces for span in piece.spans})
+    try:
+        states = {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths}
+    except OSError as error:
+        raise DataError(f"data.source: cannot read {error.filename}: {error.strerror}") from error
     splitter = dataclasses.replace(plan.splitter, names=sorted(plan.splitter.names) if plan.splitter.names else None)
-    return dataclasses.asdict(dataclasses.replace(plan, splitter=splitter)) | {"files": files}
+    return dataclasses.asdict(dataclasses.replace(plan, splitter=splitter)) | {"files": states}
 
 
 def _tokenizer(folder: Path, plan: corpus.Plan, spec: str) -> str:
@@ -131,7 +136,7 @@ def _tokenizer(folder: Path, plan: corpus.Plan, spec: str) -> str:
     kind, value = tokenizer.kind_and_value(spec)
     if kind in ("bpe", "file") and not path.exists():
         texts = training_texts(plan, int(value) * _TRAINING_BYTES_PER_TOKEN) if kind == "bpe" else ()
-        _write(path, tokenizer.make(spec, texts).json.encode())
+        files.write(path, tokenizer.make(spec, texts).json.encode())
     return spec
 
 
@@ -143,7 +148,7 @@ def training_texts(plan: corpus.Plan, num_bytes: int) -> Iterator[bytes]:
         for part in plan.read(plan.pieces[i * len(plan.pieces) // number]):
             if left <= 0:
                 break
-            if isinstance(part, corpus.Part) and part.split == corpus.TRAIN:
+            if isinstance(part, Part) and part.split == TRAIN:
                 left -= len(part.text)
                 yield part.text
             supervisor().tick()
@@ -215,122 +220,25 @@ def _begin(parent: int, in_process: Callable[[], object], job: Job) -> None:
 def build_piece(job: Job, number: int) -> list[str]:
     """Writes the shards of a piece, then its record; returns the bad records that were left out."""
     encoder = tokenizer.restore(job.tokenizer, job.folder)
-    writers = {split: _Writer(job, encoder, f"{split}-{number:05d}") for split in (corpus.TRAIN, corpus.VALIDATION)}
     bad = []
-    try:
+    with contextlib.ExitStack() as open_ones:
+        writers = {
+            split: open_ones.enter_context(ShardWriter(job.folder, f"{split}-{number:05d}", encoder, job.shard_tokens))
+            for split in (TRAIN, VALIDATION)
+        }
         for part in job.plan.read(job.plan.pieces[number]):
-            if isinstance(part, corpus.BadRecord):
+            if isinstance(part, BadRecord):
                 bad.append(part.what)
             else:
                 writers[part.split].add(part)
                 supervisor().tick()
-        for writer in writers.values():
-            writer.finish()
-    except BaseException:
-        for writer in writers.values():
-            writer.give_up()
-        raise
     record = {"bad_records": bad, "splits": {split: writer.shards for split, writer in writers.items()}}
-    _write(_piece_record(job.folder, number), json.dumps(record).encode())
+    files.write(_piece_record(job.folder, number), json.dumps(record).encode())
     return bad
 
 
 def _piece_record(folder: Path, number: int) -> Path:
     return folder / f"piece-{number:05d}.json"
-
-
-class _Writer:
-    """The shards of one split of one piece."""
-
-    def __init__(self, job: Job, encoder: tokenizer.Tokenizer, name: str):
-        self.job, self.encoder, self.name = job, encoder, name
-        self.dtype = tokenizer.token_dtype(encoder.vocab_size)
-        self.waiting: list[corpus.Part] = []  # not yet encoded
-        self.waiting_bytes = 0
-        self.shards: list[dict] = []
-        self._new_shard()
-
-    def _new_shard(self) -> None:
-        self.path = self.job.folder / f"{self.name}-{len(self.shards):03d}.npy"
-        self.file: IO[bytes] | None = None  # begins with room for the header
-        self.tokens = self.text_bytes = self.replaced = 0
-        self.documents: list[tuple[int, int]] = []  # (first token, key)
-
-    def add(self, part: corpus.Part) -> None:
-        self.waiting.append(part)
-        self.waiting_bytes += len(part.text) if part.tokens is None else 2 * len(part.tokens)
-        if self.waiting_bytes >= _BATCH_BYTES:
-            self._encode()
-
-    def _encode(self) -> None:
-        texts = [part.text for part in self.waiting if part.tokens is None]
-        encoded = iter(self.encoder.encode(texts)) if texts else iter(())
-        for part in self.waiting:
-            tokens = next(encoded) if part.tokens is None else self._known(part)
-            self._append(part, tokens)
-        self.waiting, self.waiting_bytes = [], 0
-
-    def _known(self, part: corpus.Part) -> np.ndarray:
-        if len(part.tokens) and part.tokens.max() >= self.encoder.vocab_size:
-            raise DataError(
-                f"data.tokenizer: expected token ids below the {self.encoder.vocab_size} of {self.encoder.name}, found "
-                f"{part.tokens.max()} in {part.name}"
-            )
-        return part.tokens.astype(self.dtype)
-
-    def _append(self, part: corpus.Part, tokens: np.ndarray) -> None:
-        marked = part.begins and part.tokens is None and self.encoder.document_start >= 0
-        if self.tokens and self.tokens + len(tokens) + marked > self.job.shard_tokens:
-            self._close_shard()
-        if part.begins:
-            self.documents.append((self.tokens, corpus.key_of(part.name)))
-        if marked:
-            tokens = np.concatenate([np.array([self.encoder.document_start], self.dtype), tokens])
-        if self.file is None:
-            self.file = open(_temporary(self.path), "wb")  # noqa: SIM115
-            self.file.write(bytes(_HEADER_BYTES))
-        self.file.write(tokens.tobytes())
-        self.tokens += len(tokens)
-        self.text_bytes += len(part.text)
-        self.replaced += part.replaced
-
-    def _close_shard(self) -> None:
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.tokens,)}
-        )
-        assert len(header.getvalue()) == _HEADER_BYTES
-        self.file.seek(0)
-        self.file.write(header.getvalue())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        checksum = _checksum(_temporary(self.path))
-        os.rename(_temporary(self.path), self.path)
-        documents = np.array(self.documents, np.int64).reshape(-1, 2)
-        self.shards.append({
-            "file": self.path.name,
-            "tokens": self.tokens,
-            "documents": len(self.documents),
-            "text_bytes": self.text_bytes,
-            "not_utf8": self.replaced,
-            "sha256": checksum,
-            "documents_sha256": _save(self.path.with_name(self.path.stem + DOCUMENTS), documents),
-        })  # fmt: skip
-        self._new_shard()
-
-    def finish(self) -> None:
-        if self.waiting:
-            self._encode()
-        if self.file:
-            self._close_shard()
-
-    def give_up(self) -> None:
-        """Removes what is not whole."""
-        if self.file:
-            with contextlib.suppress(OSError):  # of what could not be written
-                self.file.close()
-            _temporary(self.path).unlink(missing_ok=True)
 
 
 # ---- the end ----
@@ -340,11 +248,11 @@ def _write_index(job: Job, source: str, spec: str) -> None:
     records = [json.loads(_piece_record(job.folder, i).read_text()) for i in range(len(job.plan.pieces))]
     made = tokenizer.restore(job.tokenizer, job.folder)
     splits = {}
-    for split in (corpus.TRAIN, corpus.VALIDATION):
+    for split in (TRAIN, VALIDATION):
         shards = [shard for record in records for shard in record["splits"][split]]
         totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "not_utf8")}
         splits[split] = {**totals, "shards": shards}
-    if not splits[corpus.TRAIN]["tokens"]:
+    if not splits[TRAIN]["tokens"]:
         raise DataError(f"data.source: expected text, found an empty source: {source}")
     index = {
         "format": FORMAT,
@@ -359,7 +267,7 @@ def _write_index(job: Job, source: str, spec: str) -> None:
         "bad_records": sum(len(record["bad_records"]) for record in records),
         "splits": splits,
     }
-    _write(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    files.write(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
 
 def _command(plan: corpus.Plan, source: str, spec: str) -> str:
@@ -379,53 +287,3 @@ def data_hash(splits: dict, of_tokenizer: str) -> str:
         for shard in content["shards"]:
             digest.update(f"/{shard['sha256']}/{shard['documents_sha256']}".encode())
     return digest.hexdigest()[:32]
-
-
-def _save(path: Path, array: np.ndarray) -> str:
-    """Writes an array, atomically. Returns the file's SHA-256."""
-    content = io.BytesIO()
-    np.save(content, array)
-    _write(path, content.getvalue())
-    return hashlib.sha256(content.getvalue()).hexdigest()
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            supervisor().tick()
-    return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with _whole_file(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path):
-    """A file that appears under its name when it is whole and on the disk, or not at all."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _temporary(path: Path) -> Path:
-    """Of this process alone: one of a build that was killed may still live for a moment."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -23,6 +23,7 @@ from absl import logging
 from tfdist.data import sharding
 from tfdist.data.order import Order
 from tfdist.errors import DataError
+from tfdist.files import whole_file, write
 from tfdist.strategies.base import DatasetFn, InputContext
 
 _FRAME = 16  # bytes of a record besides its data: length, checksum of the length, checksum of the data
@@ -64,7 +65,8 @@ def index_files(pattern: str, index: str | Path, *, on_bad_record: str = "refuse
             else RecordFile(os.path.abspath(path), int(offsets[-1]), len(offsets) - 1)
             for path, (offsets, numbers) in scanned.items()
         ]
-        _write(Path(index), files)
+        text = json.dumps({"format": 1, "files": [dataclasses.asdict(file) for file in files]}, indent=1)
+        write(Path(index), text.encode())
     except OSError as error:
         raise DataError(f"records: cannot write {error.filename or index}: {error.strerror}") from error
     return sum(file.records for file in files)
@@ -74,26 +76,13 @@ def _without(path: Path, offsets: np.ndarray, bad: list[int], folder: Path) -> R
     """A copy without the bad records: TensorFlow cannot pass over them."""
     folder.mkdir(exist_ok=True)
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
-    cleaned, temporary = folder / f"{name}-{path.name}", folder / f"{name}-{path.name}.tmp"
-    try:
-        with open(path, "rb") as source, open(temporary, "wb") as copy:
-            for i, (start, end) in enumerate(itertools.pairwise(offsets)):
-                record = source.read(end - start)
-                if i not in bad:
-                    copy.write(record)
-        os.replace(temporary, cleaned)
-    finally:
-        temporary.unlink(missing_ok=True)
+    cleaned = folder / f"{name}-{path.name}"
+    with open(path, "rb") as source, whole_file(cleaned) as copy:
+        for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+            record = source.read(end - start)
+            if i not in bad:
+                copy.write(record)
     return RecordFile(str(cleaned.absolute()), cleaned.stat().st_size, len(offsets) - 1 - len(bad))
-
-
-def _write(index: Path, files: list[RecordFile]) -> None:
-    temporary = index.with_name(f"{index.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps({"format": 1, "files": [dataclasses.asdict(file) for file in files]}, indent=1))
-        os.replace(temporary, index)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_index(index: str | Path) -> list[RecordFile]:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import patches
-from tfdist.data import build
+from tfdist.data.shard_writer import DOCUMENTS
 from tfdist.data.shards import Shard, Split
 
 
@@ -59,7 +59,7 @@ def documents(split: Split) -> tuple[tf.Tensor, tf.Tensor]:
     """(first token, key) of each document of a split, int64 [documents] each; read from its files."""
     parts, before = [tf.zeros([0, 2], tf.int64)], 0
     for shard in split.shards:
-        path = shard.path.with_name(shard.path.stem + build.DOCUMENTS)
+        path = shard.path.with_name(shard.path.stem + DOCUMENTS)
         header = path.stat().st_size - 16 * shard.documents
         raw = tf.strings.substr(tf.io.read_file(str(path)), header, -1)
         found = tf.reshape(tf.io.decode_raw(raw, tf.int64), [-1, 2])

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from tfdist.cluster.link import supervisor
+from tfdist import files
 from tfdist.config import DataConfig
 from tfdist.data import build, corpus, tokenizer
+from tfdist.data.documents import Part
+from tfdist.data.shard_writer import DOCUMENTS
 from tfdist.errors import DataError
 
 _VERIFIED = ".verified.json"  # sizes and times of the files whose checksums were found right
@@ -32,7 +34,7 @@ class Shard:
 
     def starts_and_keys(self) -> np.ndarray:
         """int64 [documents, 2]: the first token of each document that begins here, and its key."""
-        return np.load(self.path.with_name(self.path.stem + build.DOCUMENTS), mmap_mode="r")
+        return np.load(self.path.with_name(self.path.stem + DOCUMENTS), mmap_mode="r")
 
     def read(self) -> np.ndarray:
         """Its tokens, mapped from the file."""
@@ -114,9 +116,7 @@ def _known_content_hash(plan: corpus.Plan, spec: str, cache_dir: Path) -> str:
     except OSError:
         found = content_hash(plan, spec)
     _make_writable(memo.parent)
-    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file:
-        file.write(found)
-    os.replace(file.name, memo)
+    files.write(memo, found.encode())
     return found
 
 
@@ -169,7 +169,7 @@ def content_hash(plan: corpus.Plan, spec: str) -> str:
     name = tokenizer.fingerprint(tokenizer.make(spec, ())) if kind == "file" else spec
     digest = hashlib.sha256(f"{build.FORMAT}/{name}/{build.SHARD_TOKENS}".encode())
     for part in plan.documents():
-        if isinstance(part, corpus.Part):
+        if isinstance(part, Part):
             text = part.text if part.tokens is None else part.tokens.tobytes()
             digest.update(f"/{part.split}/{part.name}/{part.begins}/{len(text)}/".encode(errors="surrogateescape"))
             digest.update(text)
@@ -189,7 +189,7 @@ def read(path: Path) -> TokenDataset:
             for name, split in index["splits"].items()
         }
         shards = [shard for split in index["splits"].values() for shard in split["shards"]]
-        known = {name for s in shards for name in (s["file"], Path(s["file"]).stem + build.DOCUMENTS)}
+        known = {name for s in shards for name in (s["file"], Path(s["file"]).stem + DOCUMENTS)}
         extra = sorted({p.name for p in path.glob("*.npy")} - known)
         if extra:
             raise DataError(f"data: expected the shards of {path / build.INDEX}, found another: {extra[0]}; move it away")
@@ -238,7 +238,7 @@ def _open_shard(path: Path, entry: dict, dtype: str) -> Shard:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         size = path.stat().st_size
-        documents = np.load(path.with_name(path.stem + build.DOCUMENTS), mmap_mode="r", allow_pickle=False)
+        documents = np.load(path.with_name(path.stem + DOCUMENTS), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError(f"data: expected the shard {error.filename}, found no such file; build the dataset again") from None
     except (OSError, ValueError, EOFError) as error:
@@ -257,7 +257,7 @@ def _verify(path: Path, shards: list[dict], vocab_size: int) -> None:
     expected = {}
     for entry in shards:
         expected[entry["file"]] = entry["sha256"]
-        expected[Path(entry["file"]).stem + build.DOCUMENTS] = entry["documents_sha256"]
+        expected[Path(entry["file"]).stem + DOCUMENTS] = entry["documents_sha256"]
     states = {}
     for name, checksum in expected.items():
         stat = (path / name).stat()
@@ -277,26 +277,19 @@ def _verify(path: Path, shards: list[dict], vocab_size: int) -> None:
                     "file has changed since it was built; build the dataset again"
                 )
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path, prefix=_VERIFIED, delete=False) as file:
-            json.dump(states, file)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path / _VERIFIED)
+        files.write(path / _VERIFIED, json.dumps(states).encode())
     except OSError:
         return  # a folder of somebody else's: read again the next time
 
 
 def _checksum(path: Path, vocab_size: int) -> str:
-    digest, largest = hashlib.sha256(), -1
-    array = None if path.name.endswith(build.DOCUMENTS) else np.load(path, mmap_mode="r")
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            supervisor().tick()
+    largest = -1
+    array = None if path.name.endswith(DOCUMENTS) else np.load(path, mmap_mode="r")
     for start in range(0, 0 if array is None else len(array), 1 << 21):
         largest = max(largest, int(array[start : start + (1 << 21)].max()))
     if largest >= vocab_size:
         raise DataError(f"data: expected token ids below its vocabulary of {vocab_size}, found {largest} in {path}")
-    return digest.hexdigest()
+    return files.sha256(path)
 
 
 def _make_writable(cache_dir: Path) -> None:
