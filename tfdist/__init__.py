@@ -19,11 +19,14 @@ _HOMES = {
     "Config": "tfdist.config",
     "verify": "tfdist.verification.run",
 }
-_MODULES = {"actions": "tfdist.train.actions", "models": "tfdist.models", "errors": "tfdist.errors"}
+_STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "from_environment")
+_MODULES = {"fit": "tfdist.fit", "actions": "tfdist.train.actions", "models": "tfdist.models", "errors": "tfdist.errors"}
 __all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str):
+    if name in _STRATEGIES:
+        importlib.import_module("tfdist.fit")  # a scope is also for Keras `fit`
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:

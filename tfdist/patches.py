@@ -268,3 +268,190 @@ def mapped_file(path: str, dtype: tf.DType, size: int) -> tf.Tensor:
     nothing = attr_value_pb2.AttrValue(list=attr_value_pb2.AttrValue.ListValue(i=[]))
     mapped.op._set_attr("_scoped_allocator", nothing)
     return mapped
+
+
+# ---- Keras `fit`: in force while a method of a model made under a tfdist scope runs (fit/adapter.py), undone after it ----
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **values: Any):
+    """Attributes of a module, a class or a Keras model itself (not of its class), put back afterwards."""
+    attributes = vars(owner)
+    before = {name: attributes[name] for name in values if name in attributes}
+    model = isinstance(owner, keras.Model)  # its own __setattr__ would track what is set
+    for name, value in values.items():
+        attributes.__setitem__(name, value) if model else setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                attributes.__setitem__(name, before[name]) if model else setattr(owner, name, before[name])
+            else:
+                attributes.pop(name, None) if model else delattr(owner, name)
+
+
+@contextlib.contextmanager
+def models_made(attach: Callable[[keras.Model], None]):
+    """Inside, every Keras model that is made is given to `attach` first.
+
+    What: `TensorFlowTrainer.__init__`. Why: `fit` is called later, outside of the scope, on the model alone: this is where a
+    model learns its strategy in stock Keras too. Versions: Keras 3.10-3.15.
+    """
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    stock = TensorFlowTrainer.__init__
+
+    def __init__(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        attach(self)
+
+    with _replaced(TensorFlowTrainer, __init__=__init__):
+        yield
+
+
+def own_methods(model: keras.Model, **methods: Callable) -> None:
+    """Methods of this model alone, in front of those of its class. Not saved with it."""
+    vars(model).update(methods)
+
+
+@contextlib.contextmanager
+def fit_parts(model: keras.Model, strategy: Any, build: Callable, **functions: Callable):
+    """Inside, `fit` of the model asks `strategy` for its input, `build(stock, **data)` for its variables, and `functions`
+    (make_train_function, ...) for its steps.
+
+    What: `Trainer._distribute_strategy` and `_maybe_symbolic_build` of one model.
+    Why: stock `fit` splits batches with TensorFlow's distributed datasets, and looks at a first batch to build the model: a
+    first batch that splits unevenly crashes, and so does every one under MultiWorkerMirrored.
+    Upstream: https://github.com/keras-team/keras/issues/20585. Versions: Keras 3.10-3.15.
+    """
+    stock = model._maybe_symbolic_build
+    parts = {"_distribute_strategy": strategy, "_maybe_symbolic_build": lambda **data: build(stock, **data)}
+    with _replaced(model, **parts, **functions):
+        yield
+
+
+@contextlib.contextmanager
+def strategy_of(model: keras.Model, strategy: Any):
+    """Inside, Keras takes this for the model's strategy. What: `Trainer._distribute_strategy`. Versions: Keras 3.10-3.15."""
+    with _replaced(model, _distribute_strategy=strategy):
+        yield
+
+
+@contextlib.contextmanager
+def losses_of_replicas(in_replica: Callable[[], bool], reduce: Callable):
+    """Inside, a loss of values of one replica is reduced by `reduce(stock, mask_weights, values, ...)`, and not divided by
+    the number of replicas.
+
+    What: `reduce_weighted_values`, `scale_loss_for_distribution` and its inverse, of keras/src/losses/loss.py.
+    Why: dividing by the number of replicas is right only where all have as much of what a loss is divided by: rows, places
+    that are not masked, weights. Upstream: https://github.com/keras-team/keras/issues/19891. Versions: Keras 3.10-3.15.
+    """
+    from keras.src.losses import loss as module
+
+    stock, scale, unscale = (
+        module.reduce_weighted_values,
+        module.scale_loss_for_distribution,
+        module.unscale_loss_for_distribution,
+    )
+    replacements = {
+        "reduce_weighted_values": lambda values, **kwargs: reduce(stock, module.apply_mask, values, **kwargs),
+        "scale_loss_for_distribution": lambda value: value if in_replica() else scale(value),
+        "unscale_loss_for_distribution": lambda value: value if in_replica() else unscale(value),
+    }
+    with _replaced(module, **replacements):
+        yield
+
+
+@contextlib.contextmanager
+def means_of_replicas(weight: Callable[[Any, Any], Any]):
+    """Inside, `Mean` takes `weight(values, sample_weight)` for the weight of what it is given.
+
+    What: `keras.metrics.Mean.update_state`. Why: the mean of one loss of each replica (`Mean.update_state(loss)`) counts
+    replicas alike, whatever their rows. Versions: Keras 3.10-3.15.
+    """
+    stock = keras.metrics.Mean.update_state
+
+    def update_state(self, values, sample_weight=None):
+        return stock(self, values, sample_weight=weight(values, sample_weight))
+
+    with _replaced(keras.metrics.Mean, update_state=update_state):
+        yield
+
+
+@contextlib.contextmanager
+def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable):
+    """Inside, `optimizer.apply(gradients, variables)` in a replica is `apply(stock, optimizer, gradients, variables)`, and
+    `stock` neither reduces nor leaves the replica.
+
+    What: `apply` of every Keras optimizer class that defines it; the TensorFlow overrides of weight decay, updates,
+    averages and accumulation.
+    Why: stock Keras clips, accumulates and checks what one replica has, then reduces; and under Mirrored its `merge_call`
+    inside of a condition (accumulation, averages, loss scale) cannot be traced.
+    Upstream: https://github.com/keras-team/keras/issues/20582. Versions: Keras 3.10-3.15.
+    """
+    from keras.src.backend.tensorflow.optimizer import TFOptimizer
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+    from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+
+    def applied(stock):
+        def chosen(self, grads, trainable_variables=None):
+            if not in_replica():
+                return stock(self, grads, trainable_variables)
+            return apply(lambda *sums: stock(self, *sums), self, list(grads), trainable_variables)
+
+        return chosen
+
+    def local(name):
+        override, plain = vars(TFOptimizer)[name], vars(BaseOptimizer)[name]
+        return lambda self, *args: (plain if in_replica() else override)(self, *args)
+
+    stock_loss_scaled = LossScaleOptimizer._tf_apply
+
+    def loss_scaled(self, grads, trainable_variables=None):
+        chosen = LossScaleOptimizer._common_apply if in_replica() else stock_loss_scaled
+        chosen(self, grads, trainable_variables)
+
+    overrides = (
+        "_apply_weight_decay",
+        "_backend_update_step",
+        "_overwrite_model_variables_with_average_value",
+        "_backend_increment_gradient_accumulators",
+    )
+    with contextlib.ExitStack() as stack:
+        classes = [BaseOptimizer, LossScaleOptimizer, getattr(keras.optimizers, "MultiOptimizer", BaseOptimizer)]
+        for cls in dict.fromkeys(classes):
+            stack.enter_context(_replaced(cls, apply=applied(vars(cls)["apply"])))
+        stack.enter_context(_replaced(TFOptimizer, **{name: local(name) for name in overrides}))
+        stack.enter_context(_replaced(LossScaleOptimizer, _tf_apply=loss_scaled))
+        yield
+
+
+@contextlib.contextmanager
+def writes_noted(note: Callable[[keras.Variable], None]):
+    """Inside, each Keras variable that is assigned is given to `note`. What: `keras.Variable.assign`, which all other ways to
+    assign call. Why: which metrics a `train_step` has updated. Versions: Keras 3.10-3.15."""
+    stock = keras.Variable.assign
+
+    def assign(self, value):
+        note(self)
+        return stock(self, value)
+
+    with _replaced(keras.Variable, assign=assign):
+        yield
+
+
+def is_stock(model: keras.Model, method: str) -> bool:
+    """Whether a model has Keras' own method. What: the TensorFlow `Trainer` class. Versions: Keras 3.10-3.15."""
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    return getattr(type(model), method) is getattr(TensorFlowTrainer, method)
+
+
+def batches_applied(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+    """How many batches an optimizer was given gradients of, int64.
+
+    What: `BaseOptimizer._iterations`. Why: with `gradient_accumulation_steps` the public `iterations` stands still in between.
+    Versions: Keras 3.10-3.15.
+    """
+    return tf.cast(tf.convert_to_tensor(getattr(optimizer, "inner_optimizer", optimizer)._iterations), tf.int64)

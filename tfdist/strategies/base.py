@@ -79,6 +79,10 @@ ReplicaStep = Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
 Steps = Callable[[Any, int], tuple[dict[str, np.ndarray], int]]
 
 
+# What else holds inside of every scope: rooms above add it (fit: models that are made there train with it).
+IN_SCOPE: list[Callable[["Strategy"], AbstractContextManager]] = []
+
+
 class Strategy(Protocol):
     """A cluster of devices that trains one model. Constructed by every worker; the chief alone writes."""
 

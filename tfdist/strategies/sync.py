@@ -14,7 +14,7 @@ from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve
 from tfdist.cluster.spec import Cluster
 from tfdist.errors import PeerLost, UserError
-from tfdist.strategies import devices, input_checks, layout, messages, multi_worker
+from tfdist.strategies import base, devices, input_checks, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
 
@@ -52,11 +52,15 @@ class Synchronous:
 
     @contextlib.contextmanager
     def scope(self):
-        with self.tf_strategy.scope(), self._peers():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.tf_strategy.scope())
+            for also in base.IN_SCOPE:
+                stack.enter_context(also(self))
+            stack.enter_context(self.peers())
             yield self
 
     @contextlib.contextmanager
-    def _peers(self):
+    def peers(self):
         """A collective that breaks because somebody else is gone is `PeerLost`, not a bug of this process."""
         try:
             yield
@@ -103,7 +107,7 @@ class Synchronous:
         names: list[str] = []  # filled while the loop is traced
 
         def on_replica(batches, stop):
-            replica = _local_replica(self.tf_strategy)
+            replica = local_replica(self.tf_strategy)
             return replica_step(tf.nest.map_structure(lambda t: t[replica], batches), stop, replica)
 
         def one_step(iterator):
@@ -141,7 +145,7 @@ class Synchronous:
             return done, table.stack()
 
         def steps(iterator, n: int) -> tuple[dict[str, np.ndarray], int]:
-            with self._peers():
+            with self.peers():
                 done, table = loop(iterator, tf.constant(n, tf.int32))
                 done, columns = int(done), table.numpy().T
             if not done:
@@ -173,14 +177,14 @@ class Synchronous:
 
     def _sum_over_workers(self, array: np.ndarray) -> np.ndarray:
         supervisor().tick()  # sending a large state takes long
-        with self._peers():
+        with self.peers():
             return self._sum(tf.constant(array, tf.float32)).numpy()
 
     @functools.cached_property
     def _sum(self):
         def on_replica(array):
             # counts once per worker; an argument itself has no device, which the reduction asks for
-            array = tf.zeros_like(array) if _local_replica(self.tf_strategy) else tf.identity(array)
+            array = tf.zeros_like(array) if local_replica(self.tf_strategy) else tf.identity(array)
             return tf.distribute.get_replica_context().all_reduce("SUM", array)
 
         @tf.function(autograph=False)
@@ -251,7 +255,7 @@ def _without_autotune() -> tf.data.Options:
     return options
 
 
-def _local_replica(tf_strategy) -> int:
+def local_replica(tf_strategy) -> int:
     """This replica's index among those of this process; a Python number, known when the graph is traced."""
     replica = tf.distribute.get_replica_context().replica_id_in_sync_group
     static = replica if isinstance(replica, int) else tf.get_static_value(replica)

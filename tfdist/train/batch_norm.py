@@ -33,13 +33,29 @@ def over_replicas(layers: list, rows: tf.Tensor, places: int, suspended: Suspend
 
     `suspended` None: there is one replica, and nothing to reduce.
     """
+    real = tf.range(places) < tf.cast(rows, tf.int32)  # [places]
+
+    def real_rows(layer, inputs):
+        if inputs.shape[0] is not None and inputs.shape[0] != real.shape[0]:
+            raise UserError(
+                f"batch normalisation ({layer.path}): expected inputs with the {real.shape[0]} rows of the batch first, found "
+                f"shape {inputs.shape}, where rows that only fill up a share cannot be told apart; normalise before reshaping"
+            )
+        return real
+
+    with statistics(layers, real_rows, _sum_over_replicas(suspended) if suspended else lambda t: t):
+        yield
+
+
+@contextlib.contextmanager
+def statistics(layers: list, real_rows: Callable, total: Callable[[tf.Tensor], tf.Tensor]):
+    """Inside, the `layers` take the statistics of `real_rows(layer, inputs)`, bool [rows], of all that `total` sums up."""
     if not layers:
         yield
         return
-    real = tf.range(places) < tf.cast(rows, tf.int32)  # [places]
 
     def moments(layer, inputs, mask):
-        return _moments(layer, inputs, mask, real, _sum_over_replicas(suspended) if suspended else lambda t: t)
+        return _moments(layer, inputs, mask, real_rows(layer, inputs), total)
 
     with patches.batch_norm_moments(moments):
         yield
@@ -47,11 +63,6 @@ def over_replicas(layers: list, rows: tf.Tensor, places: int, suspended: Suspend
 
 def _moments(layer, inputs, mask, real: tf.Tensor, total: Callable) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance [channels] over all replicas; those so far, if no row anywhere is real."""
-    if inputs.shape[0] is not None and inputs.shape[0] != real.shape[0]:
-        raise UserError(
-            f"batch normalisation ({layer.path}): expected inputs with the {real.shape[0]} rows of the batch first, found "
-            f"shape {inputs.shape}, where rows that only fill up a share cannot be told apart; normalise before reshaping"
-        )
     rank, axis = inputs.shape.rank, layer.axis % inputs.shape.rank
     counted = tf.reshape(real, [-1] + [1] * (rank - 1))
     if mask is not None:

@@ -1,0 +1,315 @@
+"""The steps of `fit`, `evaluate` and `predict`: the model's own `train_step`, `test_step` and `predict_step` on every replica,
+and what makes all replicas agree afterwards."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+from tfdist import patches
+from tfdist.fit.input import Input
+from tfdist.fit.replica import Communicates, Replica
+from tfdist.models.dropout import SamplePosition, sample_position
+from tfdist.strategies.base import Strategy
+from tfdist.strategies.sync import local_replica
+from tfdist.train import forward_state
+
+_SEED_STRIDE = 0x9E3779B9  # odd, near 2**32 / golden ratio: seeds of replicas are far apart
+
+
+class Steps:
+    """The functions that `fit` calls, for one model as it was compiled and built."""
+
+    def __init__(self, strategy: Strategy, model: keras.Model, input: Input, seed: int):
+        self.strategy, self.model, self.input, self.seed = strategy, model, input, seed
+        self.tf_strategy = strategy.tf_strategy
+        self.metrics = _each_once(model.metrics_variables)
+        self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
+        of_optimizers = [variable for optimizer in optimizers_of(model) for variable in optimizer.variables]
+        variables = _each_once([*model.variables, *self.metrics, *of_optimizers])
+        locals_ = range(strategy.local_replicas())
+        self.components = [patches.ComponentVariables(self.tf_strategy, variables, local) for local in locals_]
+        self.logged: list[str] = []  # by the last traced step: names of all logs, and which of them are results of metrics
+        self.results: set[str] = set()
+
+    # ---- what Keras calls ----
+
+    def train_function(self) -> Callable:
+        return self._executions(self._train)
+
+    def test_function(self) -> Callable:
+        return self._executions(self._test)
+
+    def predict_function(self) -> Callable:
+        """(list of elements) -> the model's outputs for all their rows, in order, on every worker."""
+
+        def one(data):
+            return self._first(self.tf_strategy.run(self._predict, args=(data,)))
+
+        one = self._graph(one)
+
+        def function(data: list):
+            with self.strategy.peers():
+                outputs = [self._with_xla_if_possible(one, laid_out(self.input, element)) for element in data]
+            return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
+
+        return function
+
+    def _executions(self, on_replica: Callable) -> Callable:
+        """(iterator) -> the logs of up to `steps_per_execution` steps; metrics are those of all rows so far."""
+        num_steps = self.model.steps_per_execution
+
+        def one(data):
+            return self._first(self.tf_strategy.run(on_replica, args=(data,)))
+
+        def agreed(logs):
+            if self.strategy.num_replicas == 1:
+                return logs
+            return self._first(self.tf_strategy.run(self._agree, args=(logs,)))
+
+        def execution(iterator):
+            if num_steps == 1:
+                return agreed(one(next(iterator)))
+            several = tf.function(one, autograph=False)  # traced once, for the first step and the others
+            logs = several(next(iterator))
+
+            def body(i, data, _):  # the step is not in a condition: Mirrored cannot trace that
+                logs = several(data.get_value())
+                return i + 1, tf.cond(i + 1 < num_steps, iterator.get_next_as_optional, lambda: data), logs
+
+            _, _, logs = tf.while_loop(
+                lambda i, data, _: tf.logical_and(i < num_steps, data.has_value()),
+                body,
+                (1, iterator.get_next_as_optional(), logs),
+                parallel_iterations=1,
+            )
+            return agreed(logs)
+
+        def eager_execution(iterator):
+            logs = None
+            for _ in range(num_steps):
+                with contextlib.suppress(StopIteration):
+                    logs = one(next(iterator))
+            if logs is None:
+                raise StopIteration
+            return agreed(logs)
+
+        execution = eager_execution if self.model.run_eagerly else self._graph(execution)
+        on_data = self._graph(lambda data: agreed(one(data)))
+
+        def function(iterator):
+            with self.strategy.peers():
+                if isinstance(iterator, tf.data.Iterator):
+                    try:
+                        return self._with_xla_if_possible(execution, iterator)
+                    except tf.errors.OutOfRangeError:
+                        raise StopIteration from None
+                for data in iterator:  # of train_on_batch: one
+                    return self._with_xla_if_possible(on_data, laid_out(self.input, data))
+
+        return function
+
+    def _graph(self, function: Callable) -> Callable:
+        if self.model.run_eagerly:
+            return function
+        return tf.function(function, autograph=False, reduce_retracing=True)
+
+    def _with_xla_if_possible(self, function: Callable, argument) -> Any:
+        try:
+            return function(argument)
+        except Communicates:
+            logging.info("fit: the loss or batch normalisation communicates in the middle of a step, which runs without XLA")
+            self.jit_compile = False
+            return function(argument)
+
+    @property
+    def jit_compile(self) -> bool:
+        return bool(self.model.jit_compile) and not self.model.run_eagerly and not getattr(self, "_communicates", False)
+
+    @jit_compile.setter
+    def jit_compile(self, value: bool):
+        self._communicates = not value
+
+    def _first(self, outputs):
+        """Of outputs that are equal on all replicas."""
+        return tf.nest.map_structure(lambda value: self.tf_strategy.experimental_local_results(value)[0], outputs)
+
+    # ---- on a replica ----
+
+    def _replica(self, data) -> tuple[Replica, Any]:
+        parts, rows, first_rows, total = data
+        local = local_replica(self.tf_strategy)
+        replica = Replica(
+            self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
+            rows[local], first_rows[local], total,
+        )  # fmt: skip
+        return replica, tf.nest.map_structure(_without_optional, parts[local])
+
+    def _train(self, data):
+        replica, batch = self._replica(data)
+        optimizer = self.model.optimizer
+        with replica.computing(), self._own_seeds(replica), self._rows_that_count(replica):
+            step = patches.batches_applied(optimizer) if optimizer is not None else tf.zeros([], tf.int64)
+            with sample_position(SamplePosition(self.seed, step, replica.first_row)):
+                if replica.count > 1 and self.jit_compile:
+                    logs = self._train_in_two(replica, batch)
+                else:
+                    logs = self._compiled(replica, self.model.train_step)(batch)
+            return self._logs(replica, logs)
+
+    def _train_in_two(self, replica: Replica, batch):
+        """XLA before and after the reduction of the gradients, which it cannot hold."""
+        if not patches.is_stock(self.model, "train_step"):
+            logging.info("fit: a train_step of one's own runs without XLA on several replicas")
+            return self.model.train_step(batch)
+        updates = replica.deferred = []
+
+        def forward_backward(batch):
+            updates.clear()
+            logs = self.model.train_step(batch)
+            return logs, [gradients for _, gradients, _ in updates]
+
+        logs, gradients = self._compiled(replica, forward_backward)(batch)
+        replica.deferred = None
+        for (apply, _, variables), own in zip(updates, gradients, strict=True):
+            summed = replica.sum_of_gradients(own)
+            replica.reduced = True
+            self._compiled(replica, lambda sums, apply=apply, variables=variables: apply(sums, variables))(summed)
+            replica.reduced = False
+        return logs
+
+    def _test(self, data):
+        replica, batch = self._replica(data)
+        with replica.computing(), self._rows_that_count(replica):
+            return self._logs(replica, self._compiled(replica, self.model.test_step)(batch))
+
+    def _predict(self, data):
+        replica, batch = self._replica(data)
+        with replica.computing():
+            outputs = self._compiled(replica, self.model.predict_step)(batch)
+            return outputs if replica.count == 1 else tf.nest.map_structure(replica.gather_rows, outputs)
+
+    def _compiled(self, replica: Replica, function: Callable) -> Callable:
+        if not self.jit_compile:
+            return function
+
+        def traced(*args):
+            replica.compiled = replica.count > 1
+            try:
+                return function(*args)
+            finally:
+                replica.compiled = False
+
+        return tf.function(traced, jit_compile=True, autograph=False, reduce_retracing=True)
+
+    @contextlib.contextmanager
+    def _own_seeds(self, replica: Replica):
+        """Random layers draw differently on each replica; their states stay equal on all of them."""
+        if replica.count == 1:
+            yield
+            return
+        before = [tf.identity(seed.value) for seed in self.layer_seeds]
+        for seed, value in zip(self.layer_seeds, before, strict=True):
+            own = tf.cast((replica.index * _SEED_STRIDE) % 2**32, value.dtype)
+            seed.assign(tf.stack([value[0] + own, value[1]]))
+        yield
+        for seed, value in zip(self.layer_seeds, before, strict=True):
+            seed.assign(tf.stack([value[0], seed.value[1]]))
+
+    @contextlib.contextmanager
+    def _rows_that_count(self, replica: Replica):
+        """What a step on a row that does not count has written is taken back; what layers have written is agreed upon."""
+        if replica.count == 1:
+            yield
+            return
+        written = [*self.metrics, *self.layer_state]
+        before = [tf.identity(variable.value) for variable in written]
+        yield
+        for variable, value in zip(written, before, strict=True):
+            variable.assign(tf.where(replica.rows > 0, variable.value, value))
+        if self.layer_state:
+            starts = before[len(self.metrics) :]
+            self._agree_on(replica, self.layer_state, starts, replica.rows)
+
+    def _agree_on(self, replica: Replica, variables: list, starts: list, rows: tf.Tensor) -> None:
+        parts = forward_state.contributions(variables, starts, rows, replica.index == 0)
+        *sums, total_rows = replica.sum([*parts, tf.cast(rows, tf.float32)])
+        values = forward_state.agreed(variables, starts, sums, total_rows)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+    def _logs(self, replica: Replica, logs):
+        """What is not the result of a metric is the mean over all rows; the results come with `_agree`."""
+        if replica.count == 1:
+            return logs
+        if not isinstance(logs, dict):
+            logs = {"": logs}
+        self.results = {name for metric in self.model.metrics if replica.has_written(metric) for name in _names(metric)}
+        self.logged = list(logs)
+        others = {name: value for name, value in logs.items() if name not in self.results}
+        means = replica.means([tf.convert_to_tensor(value) for value in others.values()])
+        return dict(zip(others, means, strict=True))
+
+    def _agree(self, others: dict):
+        """Metrics add up over the replicas, and Keras reads their sum: from then on the first replica has all of it."""
+        local = local_replica(self.tf_strategy)
+        replica = Replica(
+            self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
+            tf.constant(1), tf.constant(0), tf.constant(self.strategy.num_replicas),
+        )  # fmt: skip
+        with replica.computing():
+            self._agree_on(replica, self.metrics, [tf.zeros_like(v.value) for v in self.metrics], replica.rows)
+            results = {}
+            for metric in self.model.metrics:
+                result = metric.result()
+                results |= result if isinstance(result, dict) else {metric.name: result}
+            logs = {name: results[name] if name in self.results else others[name] for name in self.logged}
+            logs = tf.nest.map_structure(lambda value: tf.identity(tf.convert_to_tensor(value)), logs)
+            for variable in self.metrics if replica.index else ():
+                if variable.aggregation == "sum":
+                    variable.assign(tf.zeros_like(variable.value))
+        return logs[""] if list(logs) == [""] else logs
+
+
+def laid_out(input: Input, element) -> tuple:
+    """An element of the input as a step takes it: a batch of `train_on_batch` is not laid out yet."""
+    return element if input.is_laid_out(element) else input.lay_out(tf.nest.map_structure(_as_tensor, element))
+
+
+def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """That of `compile`, and what a model with a `train_step` of its own keeps besides."""
+    kept = [model.optimizer]
+    for value in vars(model).values():
+        kept += value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    found = [one for one in kept if isinstance(one, keras.optimizers.Optimizer)]
+    return list({id(one): one for one in found}.values())
+
+
+def _written_by_layers(model: keras.Model, metrics: list) -> tuple[list, list]:
+    """(state, seeds). Batch normalisation over all replicas writes the same everywhere and is not in it."""
+    layers = patches.all_layers(model)
+    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    agree_already = {id(v) for v in [*metrics, *(v for layer in norms for v in layer.variables)]}
+    weights = {id(v) for v in model.weights}
+    seeds = [v for v in model.variables if id(v) not in weights and v.name == "seed_generator_state"]
+    return [v for v in patches.state_of_layers(layers) if id(v) not in agree_already], seeds
+
+
+def _names(metric) -> list[str]:
+    result = metric.result()
+    return list(result) if isinstance(result, dict) else [metric.name]
+
+
+def _each_once(variables: list) -> list:
+    return list({id(variable): variable for variable in variables}.values())
+
+
+def _as_tensor(leaf):
+    return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+
+
+def _without_optional(leaf):
+    return None if isinstance(leaf, tf.experimental.Optional) else leaf

@@ -1,0 +1,102 @@
+"""The input of `fit`: every worker reads the same global batches, and each replica computes on its rows of them."""
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfdist.strategies.base import Strategy
+
+
+class LaidOut(NamedTuple):
+    """A global batch as a step takes it."""
+
+    parts: tuple  # a batch for each replica of this process, rows first
+    rows: tf.Tensor  # [replicas] int32: how many rows of each part count
+    first_rows: tf.Tensor  # [replicas] int64: where they begin in the global batch
+    total: tf.Tensor  # int32: rows of the global batch
+
+
+class Input:
+    """Stands for the strategy where `fit` asks one to distribute a dataset."""
+
+    def __init__(self, strategy: Strategy):
+        self.strategy, self.spec = strategy, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.strategy.tf_strategy, name)
+
+    def experimental_distribute_dataset(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """Elements of `fit`'s dataset as `lay_out` gives them. `spec` is what they were before."""
+        self.spec = dataset.element_spec
+        is_tuple = isinstance(self.spec, tuple)
+
+        @tf.autograph.experimental.do_not_convert
+        def lay_out(*batch):
+            return self.lay_out(batch if is_tuple else batch[0])
+
+        return dataset.map(lay_out).prefetch(2)
+
+    def lay_out(self, batch) -> LaidOut:
+        """Of a global batch of any structure, rows first."""
+        total = _num_rows(batch)
+        parts, counts, firsts = [], [], []
+        first_replica, local = self.strategy.first_replica, self.strategy.local_replicas()
+        for replica in range(first_replica, first_replica + local):
+            begin, end = (self._bound(total, i) for i in (replica, replica + 1))
+            counts.append(end - begin)
+            # where no row is left it computes on one that does not count: not every model can do without
+            begin = _minimum(begin, total - 1)
+            end = _maximum(end, begin + 1)
+            firsts.append(begin)
+            parts.append(tf.nest.map_structure(lambda leaf, a=begin, b=end: _slice(leaf, a, b), batch))
+        return LaidOut(tuple(parts), tf.stack(counts), tf.cast(tf.stack(firsts), tf.int64), tf.convert_to_tensor(total))
+
+    def is_laid_out(self, element) -> bool:
+        return isinstance(element, LaidOut)
+
+    def _bound(self, total, replica: int):
+        return total * replica // self.strategy.num_replicas
+
+    def symbolic(self, batch: Any = None) -> Any:
+        """Of a batch, or of what the dataset yields: shapes and types, from which a model can be built."""
+        return tf.nest.map_structure(_symbolic, self.spec if batch is None else batch)
+
+
+def _num_rows(batch):
+    """A Python number where it is known."""
+    for leaf in tf.nest.flatten(batch):
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(leaf.nrows(), tf.int32)
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.cast(leaf.dense_shape[0], tf.int32)
+        if _has_rows(leaf):
+            return leaf.shape[0] if leaf.shape.rank and leaf.shape[0] is not None else tf.shape(leaf)[0]
+    raise ValueError("fit: expected a dataset of batches, found elements without a dimension of rows; use dataset.batch(...)")
+
+
+def _has_rows(leaf) -> bool:
+    return tf.is_tensor(leaf) and (leaf.shape.rank is None or leaf.shape.rank > 0)
+
+
+def _slice(leaf, begin, end):
+    if isinstance(leaf, tf.SparseTensor):
+        rest = leaf.dense_shape[1:]
+        start = tf.concat([[tf.cast(begin, tf.int64)], tf.zeros_like(rest)], 0)
+        return tf.sparse.slice(leaf, start, tf.concat([[tf.cast(end - begin, tf.int64)], rest], 0))
+    return leaf[begin:end] if isinstance(leaf, tf.RaggedTensor) or _has_rows(leaf) else leaf
+
+
+def _minimum(a, b):
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else tf.minimum(a, b)
+
+
+def _maximum(a, b):
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else tf.maximum(a, b)
+
+
+def _symbolic(leaf):
+    if leaf is None or not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return None
+    return keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype))
+

@@ -1,0 +1,184 @@
+"""One replica's part of a step of Keras `fit`, and what makes the parts add up to the step of one device.
+
+A replica computes on its rows of the global batch. Keras' losses and gradients are then those of a mean over its rows, and
+`rows / total` is its share: the loss of the batch is the sum over the replicas of share x loss, and so is the gradient.
+"""
+
+import contextlib
+import contextvars
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import patches
+from tfdist.train import batch_norm, step
+
+_current: contextvars.ContextVar["Replica | None"] = contextvars.ContextVar("replica", default=None)
+
+
+class Communicates(Exception):
+    """A forward or backward pass that is being compiled needs a sum over the replicas in the middle."""
+
+
+class Replica:
+    """Which one computes, on what: made anew whenever a step is traced.
+
+    `rows`: how many of its rows count, a scalar int32. Without any it computes on one row that does not.
+    `total`: rows of the global batch.
+    """
+
+    def __init__(
+        self, model: keras.Model, components: patches.ComponentVariables, local: int, index: int, count: int,
+        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor,
+    ):  # fmt: skip
+        self.model, self.components = model, components
+        self.local, self.index, self.count = local, index, count
+        self.rows, self.first_row, self.total = rows, first_row, total
+        self.compiled = False  # inside of XLA no collective can stand
+        self.reduced = False  # the gradients that an optimizer is given are sums over all replicas already
+        self.deferred: list | None = None  # updates that wait for that sum: (apply, gradients, variables)
+        self._written: set[int] = set()
+
+    def share(self, dtype) -> tf.Tensor:
+        return tf.cast(self.rows / self.total, dtype)
+
+    @contextlib.contextmanager
+    def computing(self):
+        """Inside, Keras computes for this replica: on its copies of all variables, with batch normalisation over all."""
+        token = _current.set(self)
+        layers = batch_norm.layers_of(self.model) if self.count > 1 else []
+        try:
+            with self.components, batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm):
+                yield
+        finally:
+            _current.reset(token)
+
+    def _counts(self, layer, inputs) -> tf.Tensor:
+        """Whether rows count: all or none, so that inputs may have been reshaped before."""
+        return tf.fill([tf.shape(inputs)[0]], self.rows > 0)
+
+    def _sum_for_batch_norm(self, tensor: tf.Tensor) -> tf.Tensor:
+        """With the gradient in terms of this replica's loss: others' losses count by their shares."""
+
+        @tf.custom_gradient
+        def total(tensor):
+            def gradient(upstream):
+                mine = tf.where(self.rows > 0, upstream * tf.cast(self.rows, upstream.dtype), tf.zeros_like(upstream))
+                return self.sum([mine])[0] / tf.cast(tf.maximum(self.rows, 1), upstream.dtype)
+
+            return self.sum([tensor])[0], gradient
+
+        return total(tensor)
+
+    def note_written(self, variable: keras.Variable) -> None:
+        self._written.add(id(variable))
+
+    def has_written(self, metric: keras.Metric) -> bool:
+        return any(id(variable) in self._written for variable in metric.variables)
+
+    # ---- between the replicas ----
+
+    def sum(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Over all replicas, also in the middle of a forward pass."""
+        if self.compiled:
+            raise Communicates
+        with self.components.suspended(self.model):
+            return step.all_reduce([tf.identity(tensor) for tensor in tensors])
+
+    def sum_of_gradients(self, gradients: list) -> list:
+        """The gradient of the global batch, from each replica's own."""
+        dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
+        sparse = [g for g in gradients if isinstance(g, tf.IndexedSlices)]
+        summed = iter(self.sum([self._weighted(g) for g in dense]) if dense else [])
+        gathered = iter(self._gather([tf.IndexedSlices(self._weighted(g.values), g.indices, g.dense_shape) for g in sparse]))
+        return [None if g is None else next(gathered if isinstance(g, tf.IndexedSlices) else summed) for g in gradients]
+
+    def _weighted(self, gradient: tf.Tensor) -> tf.Tensor:
+        gradient = tf.convert_to_tensor(gradient)
+        weighted = gradient * self.share(gradient.dtype)
+        return tf.where(self.rows > 0, weighted, tf.zeros_like(gradient))  # without rows it may be anything
+
+    def means(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Over all rows, of what each replica has for its own."""
+        floats = [tf.cast(v, v.dtype if v.dtype.is_floating else tf.float32) for v in values]
+        return self.sum([self._weighted(v) for v in floats]) if values else []
+
+    def gather_rows(self, values: tf.Tensor) -> tf.Tensor:
+        """Of all replicas, in order: [rows, ...] of each -> [total, ...]."""
+        mine = values[: self.rows]
+        with self.components.suspended(self.model):
+            return tf.distribute.get_replica_context().all_gather(mine, axis=0)
+
+    def _gather(self, slices: list[tf.IndexedSlices]) -> list[tf.IndexedSlices]:
+        """All rows that any replica touches: what one device has, in another order."""
+        if not slices:
+            return []
+        if self.compiled:
+            raise Communicates
+        with self.components.suspended(self.model):
+            return tf.distribute.get_replica_context().all_reduce("SUM", slices)
+
+
+# ---- what Keras' losses, metrics and optimizers do in a replica ----
+
+
+def in_replica() -> bool:
+    replica = _current.get()
+    return replica is not None
+
+
+def _several() -> Replica | None:
+    replica = _current.get()
+    return replica if replica is not None and replica.count > 1 else None
+
+
+def reduce_loss(
+    stock, apply_mask, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
+) -> Any:  # fmt: skip
+    """A loss whose sum over the replicas, by their shares, is Keras' loss of the global batch."""
+    own = stock(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
+    replica = _several()
+    if replica is None or reduction in (None, "none") or not len(values.shape):
+        return own
+    if reduction == "sum":
+        return own / replica.share(own.dtype)
+    if reduction == "mean_with_sample_weight" and (mask is not None or sample_weight is not None):
+        weight = apply_mask(sample_weight, mask, dtype=own.dtype, reduction=reduction)
+    elif mask is not None:
+        weight = mask
+    else:
+        return own  # divided by a number of elements that goes with the rows
+    divisor = tf.reduce_sum(tf.cast(weight, own.dtype))
+    counts = tf.where(replica.rows > 0, divisor, tf.zeros_like(divisor))
+    (of_all,) = replica.sum([tf.stop_gradient(counts)])
+    return own * tf.math.divide_no_nan(counts, of_all) / replica.share(own.dtype)
+
+
+def note_written(variable: keras.Variable) -> None:
+    replica = _current.get()
+    if replica is not None:
+        replica.note_written(variable)
+
+
+def weight_of_mean(values, sample_weight):
+    """One number that stands for a replica's rows counts by its share, and the numbers of all replicas count once."""
+    replica = _several()
+    if replica is None or sample_weight is not None or len(getattr(values, "shape", ())):
+        return sample_weight
+    return replica.share(keras.backend.floatx())
+
+
+def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
+    """Reduces first: what clips, accumulates, checks and updates then does the same on every replica."""
+    replica = _current.get()
+    if replica.count == 1 or replica.reduced:
+        return stock(gradients, variables)
+    if replica.deferred is not None:
+        return replica.deferred.append((stock, gradients, variables))
+    gradients = replica.sum_of_gradients(gradients)
+    replica.reduced = True  # an optimizer inside of this one is given sums
+    try:
+        return stock(gradients, variables)
+    finally:
+        replica.reduced = False
