@@ -20,22 +20,22 @@ def cells_of(strategy: str, dtype: str) -> tuple[str, ...]:
     return tuple(cell for cell in CELLS if cell not in alone and not (dtype == "float32" and cell in SIXTEEN_BITS))
 
 
-def results(strategy: str, dtype: str, cells: tuple[str, ...]) -> dict[str, np.ndarray]:
+def results(strategy: str, dtype: str, cells: tuple[str, ...], program: str = "cells.py") -> dict[str, np.ndarray]:
     """The results of the cells on one strategy, computed once per session in a process, or a cluster, of its own.
 
     Variables have a leading axis of all replicas of all workers.
     """
-    found = _results_or_error(strategy, dtype, cells)
+    found = _results_or_error(strategy, dtype, cells, program)
     assert not isinstance(found, str), found
     return found
 
 
 @functools.cache
-def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...]) -> dict[str, np.ndarray] | str:
+def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...], program: str) -> dict[str, np.ndarray] | str:
     """An error is kept too: a cell that fails must not run again for each of the others."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.npz"
-        program = [str(Path(__file__).parent / "cells.py"), strategy, dtype, str(out), *cells]
+        program = [str(Path(__file__).parent / program), strategy, dtype, str(out), *cells]
         kind, _, shape = strategy.partition(":")
         if kind == "multi_worker":
             launch = ["-m", "tfdist.cli", "launch", f"--workers={shape.partition('x')[0]}", f"--log_dir={folder}"]

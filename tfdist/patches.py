@@ -429,8 +429,11 @@ def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable):
 
 @contextlib.contextmanager
 def writes_noted(note: Callable[[keras.Variable], None]):
-    """Inside, each Keras variable that is assigned is given to `note`. What: `keras.Variable.assign`, which all other ways to
-    assign call. Why: which metrics a `train_step` has updated. Versions: Keras 3.10-3.15."""
+    """Inside, each Keras variable that is assigned is given to `note`.
+
+    What: `keras.Variable.assign`, which all other ways to assign call. Why: which metrics a `train_step` has updated.
+    Versions: Keras 3.10-3.15.
+    """
     stock = keras.Variable.assign
 
     def assign(self, value):
@@ -451,7 +454,7 @@ def is_stock(model: keras.Model, method: str) -> bool:
 def batches_applied(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     """How many batches an optimizer was given gradients of, int64.
 
-    What: `BaseOptimizer._iterations`. Why: with `gradient_accumulation_steps` the public `iterations` stands still in between.
-    Versions: Keras 3.10-3.15.
+    What: `BaseOptimizer._iterations`. Why: with `gradient_accumulation_steps` the public `iterations` stands still for
+    several. Versions: Keras 3.10-3.15.
     """
     return tf.cast(tf.convert_to_tensor(getattr(optimizer, "inner_optimizer", optimizer)._iterations), tf.int64)

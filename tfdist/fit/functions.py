@@ -1,5 +1,5 @@
-"""The steps of `fit`, `evaluate` and `predict`: the model's own `train_step`, `test_step` and `predict_step` on every replica,
-and what makes all replicas agree afterwards."""
+"""The steps of `fit`, `evaluate` and `predict`: the model's own `train_step`, `test_step` and `predict_step` on every
+replica, and what makes all replicas agree afterwards."""
 
 import contextlib
 from collections.abc import Callable
@@ -28,12 +28,36 @@ class Steps:
         self.tf_strategy = strategy.tf_strategy
         self.metrics = _each_once(model.metrics_variables)
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
-        of_optimizers = [variable for optimizer in optimizers_of(model) for variable in optimizer.variables]
-        variables = _each_once([*model.variables, *self.metrics, *of_optimizers])
-        locals_ = range(strategy.local_replicas())
-        self.components = [patches.ComponentVariables(self.tf_strategy, variables, local) for local in locals_]
+        self._bind()
         self.logged: list[str] = []  # by the last traced step: names of all logs, and which of them are results of metrics
         self.results: set[str] = set()
+
+    def _bind(self) -> None:
+        of_optimizers = [variable for optimizer in optimizers_of(self.model) for variable in optimizer.variables]
+        variables = _each_once([*self.model.variables, *self.metrics, *of_optimizers])
+        replicas = range(self.strategy.local_replicas())
+        self.components = [patches.ComponentVariables(self.tf_strategy, variables, local) for local in replicas]
+
+    def _build_optimizers(self, element_spec) -> None:
+        """Those that a `train_step` of the model's own uses: it alone knows for which variables."""
+        unbuilt = [one for one in optimizers_of(self.model) if not one.built]
+        if not unbuilt or patches.is_stock(self.model, "train_step"):
+            return
+        updates = []
+
+        def on_replica(data):
+            replica, batch = self._replica(data)
+            replica.updates = updates
+            with replica.computing():
+                self.model.train_step(batch)
+
+        find = tf.function(lambda batch: self._run(on_replica, batch), autograph=False)
+        find.get_concrete_function(element_spec)
+        with self.strategy.scope():
+            for optimizer, variables in updates:
+                if not optimizer.built:
+                    optimizer.build(variables)
+        self._bind()
 
     # ---- what Keras calls ----
 
@@ -46,14 +70,11 @@ class Steps:
     def predict_function(self) -> Callable:
         """(list of elements) -> the model's outputs for all their rows, in order, on every worker."""
 
-        def one(data):
-            return self._first(self.tf_strategy.run(self._predict, args=(data,)))
-
-        one = self._graph(one)
+        one = self._graph(lambda batch: self._first(self._run(self._predict, batch)))
 
         def function(data: list):
             with self.strategy.peers():
-                outputs = [self._with_xla_if_possible(one, laid_out(self.input, element)) for element in data]
+                outputs = [self._with_xla_if_possible(one, _as_tensors(element)) for element in data]
             return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
 
         return function
@@ -62,8 +83,8 @@ class Steps:
         """(iterator) -> the logs of up to `steps_per_execution` steps; metrics are those of all rows so far."""
         num_steps = self.model.steps_per_execution
 
-        def one(data):
-            return self._first(self.tf_strategy.run(on_replica, args=(data,)))
+        def one(batch):
+            return self._first(self._run(on_replica, batch))
 
         def agreed(logs):
             if self.strategy.num_replicas == 1:
@@ -76,12 +97,12 @@ class Steps:
             several = tf.function(one, autograph=False)  # traced once, for the first step and the others
             logs = several(next(iterator))
 
-            def body(i, data, _):  # the step is not in a condition: Mirrored cannot trace that
-                logs = several(data.get_value())
-                return i + 1, tf.cond(i + 1 < num_steps, iterator.get_next_as_optional, lambda: data), logs
+            def body(i, batch, _):  # the step is not in a condition: Mirrored cannot trace that
+                logs = several(batch.get_value())
+                return i + 1, tf.cond(i + 1 < num_steps, iterator.get_next_as_optional, lambda: batch), logs
 
             _, _, logs = tf.while_loop(
-                lambda i, data, _: tf.logical_and(i < num_steps, data.has_value()),
+                lambda i, batch, _: tf.logical_and(i < num_steps, batch.has_value()),
                 body,
                 (1, iterator.get_next_as_optional(), logs),
                 parallel_iterations=1,
@@ -98,17 +119,19 @@ class Steps:
             return agreed(logs)
 
         execution = eager_execution if self.model.run_eagerly else self._graph(execution)
-        on_data = self._graph(lambda data: agreed(one(data)))
+        on_batch = self._graph(lambda batch: agreed(one(batch)))
 
         def function(iterator):
             with self.strategy.peers():
                 if isinstance(iterator, tf.data.Iterator):
+                    self._build_optimizers(iterator.element_spec)
                     try:
                         return self._with_xla_if_possible(execution, iterator)
                     except tf.errors.OutOfRangeError:
                         raise StopIteration from None
-                for data in iterator:  # of train_on_batch: one
-                    return self._with_xla_if_possible(on_data, laid_out(self.input, data))
+                batch = _as_tensors(next(iterator))  # of train_on_batch
+                self._build_optimizers(tf.nest.map_structure(_spec, batch))
+                return self._with_xla_if_possible(on_batch, batch)
 
         return function
 
@@ -132,6 +155,9 @@ class Steps:
     @jit_compile.setter
     def jit_compile(self, value: bool):
         self._communicates = not value
+
+    def _run(self, on_replica: Callable, batch):
+        return self.tf_strategy.run(on_replica, args=(self.input.lay_out(batch),))
 
     def _first(self, outputs):
         """Of outputs that are equal on all replicas."""
@@ -274,9 +300,14 @@ class Steps:
         return logs[""] if list(logs) == [""] else logs
 
 
-def laid_out(input: Input, element) -> tuple:
-    """An element of the input as a step takes it: a batch of `train_on_batch` is not laid out yet."""
-    return element if input.is_laid_out(element) else input.lay_out(tf.nest.map_structure(_as_tensor, element))
+def _as_tensors(batch):
+    return tf.nest.map_structure(
+        lambda leaf: leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf), batch
+    )
+
+
+def _spec(leaf):
+    return leaf if leaf is None else tf.type_spec_from_value(leaf)
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
@@ -305,10 +336,6 @@ def _names(metric) -> list[str]:
 
 def _each_once(variables: list) -> list:
     return list({id(variable): variable for variable in variables}.values())
-
-
-def _as_tensor(leaf):
-    return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
 
 
 def _without_optional(leaf):

@@ -27,15 +27,10 @@ class Input:
         return getattr(self.strategy.tf_strategy, name)
 
     def experimental_distribute_dataset(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """Elements of `fit`'s dataset as `lay_out` gives them. `spec` is what they were before."""
+        """The dataset itself: steps take their parts of its elements. Whatever else would be read at other times than by
+        stock Keras, which matters where training and validation share a dataset that shuffles."""
         self.spec = dataset.element_spec
-        is_tuple = isinstance(self.spec, tuple)
-
-        @tf.autograph.experimental.do_not_convert
-        def lay_out(*batch):
-            return self.lay_out(batch if is_tuple else batch[0])
-
-        return dataset.map(lay_out).prefetch(2)
+        return dataset
 
     def lay_out(self, batch) -> LaidOut:
         """Of a global batch of any structure, rows first."""
@@ -51,9 +46,6 @@ class Input:
             firsts.append(begin)
             parts.append(tf.nest.map_structure(lambda leaf, a=begin, b=end: _slice(leaf, a, b), batch))
         return LaidOut(tuple(parts), tf.stack(counts), tf.cast(tf.stack(firsts), tf.int64), tf.convert_to_tensor(total))
-
-    def is_laid_out(self, element) -> bool:
-        return isinstance(element, LaidOut)
 
     def _bound(self, total, replica: int):
         return total * replica // self.strategy.num_replicas
@@ -72,7 +64,9 @@ def _num_rows(batch):
             return tf.cast(leaf.dense_shape[0], tf.int32)
         if _has_rows(leaf):
             return leaf.shape[0] if leaf.shape.rank and leaf.shape[0] is not None else tf.shape(leaf)[0]
-    raise ValueError("fit: expected a dataset of batches, found elements without a dimension of rows; use dataset.batch(...)")
+    raise ValueError(
+        "fit: expected a dataset of batches, found elements without a dimension of rows; use dataset.batch(...)"
+    )
 
 
 def _has_rows(leaf) -> bool:
@@ -99,4 +93,3 @@ def _symbolic(leaf):
     if leaf is None or not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return None
     return keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype))
-

@@ -38,6 +38,7 @@ class Replica:
         self.compiled = False  # inside of XLA no collective can stand
         self.reduced = False  # the gradients that an optimizer is given are sums over all replicas already
         self.deferred: list | None = None  # updates that wait for that sum: (apply, gradients, variables)
+        self.updates: list | None = None  # where to note what would be updated, instead: (optimizer, variables)
         self._written: set[int] = set()
 
     def share(self, dtype) -> tf.Tensor:
@@ -49,7 +50,8 @@ class Replica:
         token = _current.set(self)
         layers = batch_norm.layers_of(self.model) if self.count > 1 else []
         try:
-            with self.components, batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm):
+            epsilon = keras.backend.epsilon()
+            with self.components, batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm, epsilon):
                 yield
         finally:
             _current.reset(token)
@@ -172,6 +174,8 @@ def weight_of_mean(values, sample_weight):
 def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
     """Reduces first: what clips, accumulates, checks and updates then does the same on every replica."""
     replica = _current.get()
+    if replica.updates is not None:
+        return replica.updates.append((optimizer, variables))
     if replica.count == 1 or replica.reduced:
         return stock(gradients, variables)
     if replica.deferred is not None:

@@ -38,8 +38,9 @@ def over_replicas(layers: list, rows: tf.Tensor, places: int, suspended: Suspend
     def real_rows(layer, inputs):
         if inputs.shape[0] is not None and inputs.shape[0] != real.shape[0]:
             raise UserError(
-                f"batch normalisation ({layer.path}): expected inputs with the {real.shape[0]} rows of the batch first, found "
-                f"shape {inputs.shape}, where rows that only fill up a share cannot be told apart; normalise before reshaping"
+                f"batch normalisation ({layer.path}): expected inputs with the {real.shape[0]} rows of the batch first, "
+                f"found shape {inputs.shape}, where rows that only fill up a share cannot be told apart; normalise before "
+                "reshaping"
             )
         return real
 
@@ -48,20 +49,23 @@ def over_replicas(layers: list, rows: tf.Tensor, places: int, suspended: Suspend
 
 
 @contextlib.contextmanager
-def statistics(layers: list, real_rows: Callable, total: Callable[[tf.Tensor], tf.Tensor]):
-    """Inside, the `layers` take the statistics of `real_rows(layer, inputs)`, bool [rows], of all that `total` sums up."""
+def statistics(layers: list, real_rows: Callable, total: Callable[[tf.Tensor], tf.Tensor], epsilon: float = 0.0):
+    """Inside, the `layers` take the statistics of `real_rows(layer, inputs)`, bool [rows], of all that `total` sums up.
+
+    `epsilon` is added to the number of places where a mask leaves some out, as Keras does.
+    """
     if not layers:
         yield
         return
 
     def moments(layer, inputs, mask):
-        return _moments(layer, inputs, mask, real_rows(layer, inputs), total)
+        return _moments(layer, inputs, mask, real_rows(layer, inputs), total, epsilon)
 
     with patches.batch_norm_moments(moments):
         yield
 
 
-def _moments(layer, inputs, mask, real: tf.Tensor, total: Callable) -> tuple[tf.Tensor, tf.Tensor]:
+def _moments(layer, inputs, mask, real: tf.Tensor, total: Callable, epsilon: float) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance [channels] over all replicas; those so far, if no row anywhere is real."""
     rank, axis = inputs.shape.rank, layer.axis % inputs.shape.rank
     counted = tf.reshape(real, [-1] + [1] * (rank - 1))
@@ -73,9 +77,10 @@ def _moments(layer, inputs, mask, real: tf.Tensor, total: Callable) -> tuple[tf.
     shape = [-1 if i == axis else 1 for i in range(rank)]
     sums = [tf.where(counted, inputs, tf.zeros_like(inputs)), tf.cast(counted, inputs.dtype)]
     first, count = tf.unstack(total(tf.stack([tf.reduce_sum(t, axes) for t in sums])))
-    mean = first / tf.maximum(count, 1)
+    divisor = tf.maximum(count, 1) if mask is None else tf.maximum(count, 1) + tf.cast(epsilon, count.dtype)
+    mean = first / divisor
     apart = tf.where(counted, inputs - tf.reshape(mean, shape), tf.zeros_like(inputs))
-    variance = total(tf.reduce_sum(tf.square(apart), axes)) / tf.maximum(count, 1)
+    variance = total(tf.reduce_sum(tf.square(apart), axes)) / divisor
     so_far = [tf.stop_gradient(tf.cast(v.value, inputs.dtype)) for v in (layer.moving_mean, layer.moving_variance)]
     return tf.where(count > 0, mean, so_far[0]), tf.where(count > 0, variance, so_far[1])
 

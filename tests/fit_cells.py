@@ -1,0 +1,496 @@
+"""Programs of Keras `fit` that know nothing of tfdist but the scope; run on one strategy, results in a file.
+
+    python tests/fit_cells.py stock float64 out.npz [CELL ...]
+    python tests/fit_cells.py mirrored:2 float64 out.npz [CELL ...]
+
+`stock` is Keras without any strategy: the oracle.
+"""
+
+import contextlib
+import sys
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+CELLS = {}
+OWN_RANDOMNESS = set()  # masks are those of one device for tfdist's layers only: the oracle is tfdist on one device
+
+
+def cell(fn=None, *, own_randomness: bool = False):
+    if fn is None:
+        return lambda fn: cell(fn, own_randomness=own_randomness)
+    CELLS[fn.__name__] = fn
+    if own_randomness:
+        OWN_RANDOMNESS.add(fn.__name__)
+    return fn
+
+
+class Bench:
+    """One cell on one strategy (None: stock Keras)."""
+
+    def __init__(self, strategy, dtype: str):
+        self.strategy, self.dtype, self.results = strategy, dtype, {}
+        self.rng = np.random.default_rng(0)
+
+    def scope(self):
+        keras.utils.set_random_seed(1)
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    def normal(self, *shape):
+        return self.rng.normal(size=shape).astype(self.dtype)
+
+    def uniform(self, *shape):
+        return self.rng.uniform(size=shape).astype(self.dtype)
+
+    def keep(self, name: str, value) -> None:
+        for path, leaf in keras.tree.flatten_with_path(value):
+            self.results["/".join([name, *map(str, path)])] = np.asarray(leaf, np.float64)
+
+    def keep_variables(self, model, name: str = "var") -> None:
+        """Every copy of each."""
+        optimizer = getattr(model, "optimizer", None)
+        variables = [*model.weights, *(optimizer.variables if optimizer else [])]
+        for i, variable in enumerate(variables):
+            copies = [variable.value]
+            if self.strategy:
+                copies = self.strategy.tf_strategy.experimental_local_results(variable.value)
+            self.results[f"{name}/{i}"] = np.stack([copy.numpy() for copy in copies]).astype(np.float64)
+
+    def fit(self, model, *data, **options):
+        options = {"verbose": 0, "epochs": 2, **options}
+        history = model.fit(*data, **options).history
+        self.keep("history", history)
+        self.keep_variables(model)
+        return history
+
+
+def dense(bench, units=1, activation="tanh", **options):
+    return keras.Sequential([
+        keras.Input((5,)), keras.layers.Dense(7, activation=activation, **options), keras.layers.Dense(units)
+    ])  # fmt: skip
+
+
+# ---- models, data, arguments of fit ----
+
+
+@cell
+def numpy_with_sample_weights_validation_and_uneven_batches(bench):
+    """13 rows in batches of 3: the first splits unevenly, the last has one row."""
+    with bench.scope():
+        model = dense(bench, kernel_regularizer="l2", activity_regularizer="l2")
+        model.compile("adam", "mse", metrics=["mae"], weighted_metrics=["mse"])
+    x, y = bench.normal(13, 5), bench.normal(13, 1)
+    bench.fit(model, x, y, batch_size=3, sample_weight=bench.uniform(13), validation_data=(x[:4], y[:4], bench.uniform(4)))
+    bench.keep("evaluate", model.evaluate(x, y, batch_size=5, verbose=0, return_dict=True))
+    bench.keep("predict", model.predict(x, batch_size=4, verbose=0))
+
+
+@cell
+def convolution_with_batch_norm_class_weight_and_validation_split(bench):
+    with bench.scope():
+        inputs = keras.Input((6, 6, 1))
+        hidden = keras.layers.Conv2D(3, 3, use_bias=False)(inputs)
+        hidden = keras.layers.Activation("relu")(keras.layers.BatchNormalization()(hidden))
+        model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(hidden)))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True), loss, metrics=["accuracy"])
+    x, y = bench.normal(22, 6, 6, 1), bench.rng.integers(0, 3, 22)
+    bench.fit(model, x, y, batch_size=8, class_weight={0: 1.0, 1: 3.0, 2: 0.5}, validation_split=0.2)
+
+
+@cell
+def dicts_several_outputs_and_their_weights(bench):
+    with bench.scope():
+        one, other = keras.Input((4,), name="one"), keras.Input((3,), name="other")
+        both = keras.layers.Concatenate()([one, other])
+        outputs = {"number": keras.layers.Dense(1, name="number")(both), "kind": keras.layers.Dense(3, name="kind")(both)}
+        model = keras.Model({"one": one, "other": other}, outputs)
+        kind = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+        model.compile(
+            keras.optimizers.RMSprop(0.01), {"number": "mae", "kind": kind}, loss_weights={"number": 0.3, "kind": 2.0},
+            metrics={"number": ["mse"], "kind": ["accuracy"]}, weighted_metrics={"kind": ["accuracy"]},
+        )  # fmt: skip
+    rows = 11
+    x = {"one": bench.normal(rows, 4), "other": bench.normal(rows, 3)}
+    y = {"number": bench.normal(rows, 1), "kind": bench.rng.integers(0, 3, (rows, 1))}
+    weights = {"number": bench.uniform(rows), "kind": bench.uniform(rows) * (bench.uniform(rows) > 0.5)}
+    dataset = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(4)
+    bench.fit(model, dataset, validation_data=dataset)
+    bench.keep("predict", model.predict(dataset, verbose=0))
+    bench.keep("list", model.evaluate(dataset, verbose=0))
+
+
+@cell
+def masked_tokens_of_ragged_lengths(bench):
+    """Rows of different lengths, padded batch by batch; the loss is a mean over the places that are not masked."""
+    with bench.scope():
+        tokens = keras.Input((None,), dtype="int32")
+        hidden = keras.layers.GRU(5, return_sequences=True)(keras.layers.Embedding(11, 4, mask_zero=True)(tokens))
+        model = keras.Model(tokens, keras.layers.Dense(11)(hidden))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(0.01, clipnorm=0.1), loss, metrics=["accuracy"])
+    rows = [bench.rng.integers(1, 11, n).astype("int32") for n in (7, 2, 5, 1, 6, 3, 9, 4, 2, 8)]
+    signature = tf.TensorSpec([None], tf.int32)
+    dataset = tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=signature)
+    dataset = dataset.map(lambda row: (row[:-1], row[1:])).padded_batch(3)
+    bench.fit(model, dataset, validation_data=dataset)
+
+
+@cell
+def text_classifier_of_ragged_tensors(bench):
+    with bench.scope():
+        model = keras.Sequential([
+            keras.Input((None,), dtype="int32"), keras.layers.Embedding(20, 4, mask_zero=True), keras.layers.GRU(3),
+            keras.layers.Dense(1, activation="sigmoid"),
+        ])  # fmt: skip
+        metrics = [keras.metrics.AUC(num_thresholds=20), "accuracy", keras.metrics.Precision(name="precision")]
+        model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy", metrics=metrics)
+    rows = [list(bench.rng.integers(1, 20, n)) for n in (3, 5, 1, 7, 2, 4, 6)]
+    x = tf.ragged.constant(rows, dtype=tf.int32)
+    y = bench.rng.integers(0, 2, (7, 1)).astype(bench.dtype)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4).map(lambda x, y: (x.to_tensor(), y))
+    bench.fit(model, dataset)
+    bench.keep("predict", model.predict(dataset, verbose=0))
+
+
+@cell
+def recommender_with_a_sparse_embedding(bench):
+    """Gradients of the table touch few rows: they stay sparse; ids come more than once."""
+    with bench.scope():
+        user, item = keras.Input((), dtype="int32", name="user"), keras.Input((), dtype="int32", name="item")
+        vectors = [keras.layers.Embedding(size, 3)(ids) for ids, size in ((user, 50), (item, 1000))]
+        model = keras.Model({"user": user, "item": item}, keras.layers.Dot(1)(vectors))
+        model.compile(keras.optimizers.Adagrad(0.1), "mse")
+    x = {"user": bench.rng.integers(0, 50, 23).astype("int32"), "item": bench.rng.integers(0, 9, 23).astype("int32")}
+    bench.fit(model, x, bench.normal(23, 1), batch_size=6)
+
+
+@cell
+def infinite_dataset_with_steps(bench):
+    with bench.scope():
+        model = dense(bench)
+        model.compile("sgd", "mse", metrics=["mae"], steps_per_execution=2)
+    x, y = bench.normal(10, 5), bench.normal(10, 1)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(10, seed=3).repeat().batch(4)
+    in_order = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(3)
+    bench.fit(model, dataset, steps_per_epoch=6, validation_data=in_order, validation_steps=4)
+    bench.keep("evaluate", model.evaluate(in_order, steps=2, verbose=0))
+    bench.keep("predict", model.predict(tf.data.Dataset.from_tensor_slices(x).batch(4), steps=2, verbose=0))
+
+
+@cell
+def single_batches(bench):
+    with bench.scope():
+        model = dense(bench)
+        model.compile(keras.optimizers.Adam(0.01, clipvalue=0.05), "mse", metrics=["mae"])
+    x, y = bench.normal(5, 5), bench.normal(5, 1)
+    for rows in (5, 4, 1):
+        bench.keep(f"train_{rows}", model.train_on_batch(x[:rows], y[:rows], return_dict=True))
+    bench.keep("weighted", model.train_on_batch(x, y, sample_weight=bench.uniform(5)))
+    bench.keep("test", model.test_on_batch(x, y))
+    bench.keep("predict", model.predict_on_batch(x))
+    bench.keep_variables(model)
+
+
+@cell
+def run_eagerly(bench):
+    with bench.scope():
+        model = dense(bench)
+        model.compile(keras.optimizers.Adam(0.01, global_clipnorm=0.1), "mse", metrics=["mae"], run_eagerly=True)
+    x, y = bench.normal(7, 5), bench.normal(7, 1)
+    bench.fit(model, x, y, batch_size=3, validation_data=(x, y))
+    bench.keep("predict", model.predict(x, batch_size=2, verbose=0))
+
+
+@cell
+def a_subclass_that_computes_its_own_loss_and_metrics(bench):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = keras.layers.Dense(6, activation="relu"), keras.layers.Dense(1)
+            self.bias = keras.metrics.Mean(name="bias")
+
+        def call(self, x):
+            hidden = self.hidden(x)
+            self.add_loss(0.01 * keras.ops.mean(keras.ops.square(hidden)))
+            return self.out(hidden)
+
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            return loss + 0.1 * keras.ops.mean(keras.ops.abs(y_pred))
+
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            self.bias.update_state(y_pred - y)
+            return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    with bench.scope():
+        model = Model()
+        model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.1), keras.losses.Huber(reduction="sum"), metrics=["mae"])
+    x, y = bench.normal(11, 5), bench.normal(11, 1)
+    bench.fit(model, x, y, batch_size=4, validation_data=(x, y))
+    bench.keep("predict", model.predict(x, verbose=0))
+
+
+@cell
+def a_train_step_of_its_own(bench):
+    """Even batches; with a Loss object, a plain mean, a tracker, and a log that is no metric."""
+
+    class Model(keras.Model):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.tracker = net, keras.metrics.Mean(name="tracked")
+
+        def call(self, x):
+            return self.net(x)
+
+        @property
+        def metrics(self):
+            return [self.tracker]
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                predicted = self(x, training=True)
+                loss = keras.losses.MeanSquaredError()(y, predicted) + keras.ops.mean(keras.ops.abs(predicted))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            self.tracker.update_state(loss)
+            return {"tracked": self.tracker.result(), "raw": loss}
+
+    with bench.scope():
+        model = Model(dense(bench))
+        model.compile(optimizer=keras.optimizers.Adam(0.01, global_clipnorm=0.1, gradient_accumulation_steps=2))
+    x, y = bench.normal(12, 5), bench.normal(12, 1)
+    bench.fit(model, x, y, batch_size=6)
+
+
+@cell
+def two_optimizers_in_a_train_step(bench):
+    """Of the kind that GANs have: two models, two optimizers, none of them the compiled one."""
+
+    class Model(keras.Model):
+        def compile(self, generator_optimizer, critic_optimizer):
+            super().compile()
+            self.generator_optimizer, self.critic_optimizer = generator_optimizer, critic_optimizer
+
+        def build(self, _=None):
+            self.generator, self.critic = dense(bench, 2), keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+            self.built = True
+
+        def call(self, x):
+            return self.critic(self.generator(x))
+
+        def train_step(self, x):
+            losses = {}
+            for name, net, optimizer, sign in (
+                ("critic", self.critic, self.critic_optimizer, 1.0),
+                ("generator", self.generator, self.generator_optimizer, -1.0),
+            ):
+                with tf.GradientTape() as tape:
+                    losses[name] = tf.reduce_mean(tf.square(sign - self(x)))
+                gradients = tape.gradient(losses[name], net.trainable_variables)
+                optimizer.apply_gradients(zip(gradients, net.trainable_variables, strict=True))
+            return losses
+
+    with bench.scope():
+        model = Model()
+        model.build()
+        model.compile(keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.01, clipnorm=0.1))
+    x = bench.normal(12, 5)
+    bench.keep("losses", model.fit(tf.data.Dataset.from_tensor_slices(x).batch(6), epochs=3, verbose=0).history)
+    bench.keep_variables(model.generator)
+    bench.keep("critic", [v.numpy() for v in [*model.critic_optimizer.variables, *model.generator_optimizer.variables]])
+
+
+# ---- arguments of the optimizer ----
+
+
+@cell
+def accumulation_averages_decay_and_schedule(bench):
+    with bench.scope():
+        model = dense(bench)
+        schedule = keras.optimizers.schedules.CosineDecay(0.02, 10, warmup_target=0.05, warmup_steps=3)
+        model.compile(
+            keras.optimizers.AdamW(
+                schedule, weight_decay=0.1, global_clipnorm=0.2, gradient_accumulation_steps=2, use_ema=True,
+                ema_momentum=0.9, ema_overwrite_frequency=3,
+            ),
+            "mse", steps_per_execution=3,
+        )  # fmt: skip
+    bench.fit(model, bench.normal(25, 5), bench.normal(25, 1), batch_size=4)
+
+
+@cell
+def averages_swapped_for_evaluation(bench):
+    with bench.scope():
+        model = dense(bench)
+        model.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.8), "mse", metrics=["mae"])
+    x, y = bench.normal(9, 5), bench.normal(9, 1)
+    bench.fit(
+        model, x, y, batch_size=4, validation_data=(x, y), callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)]
+    )
+
+
+@cell
+def loss_scale_with_an_overflow_on_one_replica(bench):
+    """Row 7 of 8 overflows in the third batch: all skip it, and the scale is halved once."""
+    with bench.scope():
+        model = dense(bench)
+        inner = keras.optimizers.SGD(0.01, momentum=0.9, global_clipnorm=1.0)
+        model.compile(keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0, dynamic_growth_steps=3), "mse")
+    x, y = bench.normal(40, 5), bench.normal(40, 1)
+    y[16 + 7] = np.inf
+    scales = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: scales.append(float(model.optimizer.dynamic_scale.numpy()))
+    )
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[watch])
+    bench.keep("scales", scales)
+    bench.keep_variables(model)
+    assert scales[:5] == [1024, 1024, 512, 512, 512], scales
+
+
+@cell
+def a_fixed_loss_scale_frozen_layers_and_missing_gradients(bench):
+    with bench.scope():
+        inputs = keras.Input((5,))
+        frozen, norm, unused = keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(2)
+        hidden = norm(frozen(inputs))
+        model = keras.Model(inputs, [keras.layers.Dense(1)(hidden), unused(hidden)])
+        frozen.trainable = norm.trainable = False
+        model.compile(keras.optimizers.Lion(0.01, loss_scale_factor=128.0), ["mse", None])
+    bench.fit(model, bench.normal(9, 5), bench.normal(9, 1), batch_size=4)
+
+
+@cell
+def compiled_by_xla(bench):
+    with bench.scope():
+        model = dense(bench, kernel_regularizer="l2")
+        model.compile(keras.optimizers.Adam(0.01, global_clipnorm=0.1), "mse", metrics=["mae"], jit_compile=True)
+    x, y = bench.normal(11, 5), bench.normal(11, 1)
+    bench.fit(model, x, y, batch_size=4, validation_data=(x, y))
+    bench.keep("predict", model.predict(x, batch_size=4, verbose=0))
+
+
+@cell
+def compiled_by_xla_but_it_communicates(bench):
+    """A masked loss has a divisor that is a sum over the replicas; so does batch normalisation."""
+    with bench.scope():
+        tokens = keras.Input((6,), dtype="int32")
+        hidden = keras.layers.Embedding(11, 4, mask_zero=True)(tokens)
+        model = keras.Model(tokens, keras.layers.Dense(1)(keras.layers.BatchNormalization()(hidden)))
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=True)
+    x = bench.rng.integers(0, 11, (10, 6)).astype("int32")
+    bench.fit(model, x, bench.normal(10, 6, 1), batch_size=4)
+
+
+# ---- callbacks ----
+
+
+@cell
+def callbacks_that_decide(bench):
+    """They look at the numbers of the epoch, which are the same everywhere."""
+    with bench.scope():
+        model = dense(bench)
+        model.compile(keras.optimizers.SGD(0.3), "mse")
+    x, y = bench.normal(12, 5), bench.normal(12, 1)
+    stopping = keras.callbacks.EarlyStopping("val_loss", min_delta=0.05, patience=3, restore_best_weights=True)
+    plateau = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1, min_delta=0.5)
+    rates = []
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: rates.append(float(model.optimizer.learning_rate.numpy()))
+    )
+    data = (bench.normal(7, 5), bench.normal(7, 1))
+    bench.fit(model, x, y, batch_size=5, epochs=12, validation_data=data, callbacks=[stopping, plateau, watch])
+    bench.keep("rates", rates)
+    bench.keep("stopped", stopping.stopped_epoch)
+    assert len(rates) < 12 and rates[-1] < 0.3
+
+
+@cell
+def learning_rate_scheduler_and_a_stop_at_nan(bench):
+    with bench.scope():
+        model = dense(bench)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    x, y = bench.normal(12, 5), bench.normal(12, 1)
+    callbacks = [
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
+        keras.callbacks.TerminateOnNaN(),
+    ]
+    bench.fit(model, x, y, batch_size=4, callbacks=callbacks)
+    y[7] = np.nan
+    history = model.fit(x, y, batch_size=4, epochs=3, verbose=0, shuffle=False, callbacks=callbacks).history
+    bench.keep("epochs", len(history["loss"]))
+
+
+# ---- randomness ----
+
+
+@cell(own_randomness=True)
+def dropout_of_a_tfdist_model(bench):
+    from tfdist.models.dropout import Dropout
+
+    with bench.scope():
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(8), Dropout(0.5, "one"), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.Adam(0.01, gradient_accumulation_steps=2), "mse")
+    bench.fit(model, bench.normal(11, 5), bench.normal(11, 1), batch_size=4)
+
+
+@cell(own_randomness=True)
+def stock_dropout_differs_between_replicas(bench):
+    """The mean of a mask of two rows, one for each replica, shows whether they are the same."""
+
+    class Mask(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dropout = keras.layers.Dropout(0.5)
+            self.seen = self.add_weight(shape=(2, 64), initializer="zeros", trainable=False, aggregation="sum")
+
+        def call(self, x, training=None):
+            mask = self.dropout(keras.ops.ones_like(x), training=training)
+            if training:
+                self.seen.assign(self.seen + keras.ops.one_hot(keras.ops.cast(x[:, 0], "int32"), 2, axis=0) @ mask)
+            return x
+
+    with bench.scope():
+        model = keras.Sequential([keras.Input((64,)), Mask(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    x = np.repeat([[0.0], [1.0]], 64, 1).astype(bench.dtype)
+    model.fit(x, np.zeros((2, 1), bench.dtype), shuffle=False, verbose=0)
+    (seen,) = [w for w in model.weights if w.shape == (2, 64)]
+    first, second = np.asarray(seen.numpy())
+    assert (first != second).any() and 0.2 < (first > 0).mean() < 0.8, (first, second)
+
+
+def make_strategy(name: str):
+    import tfdist
+
+    kind, _, shape = name.partition(":")
+    if kind == "one_device":
+        return tfdist.OneDevice()
+    if kind == "mirrored":
+        return tfdist.Mirrored(int(shape))
+    return tfdist.MultiWorkerMirrored(num_devices=int(shape.partition("x")[2]))
+
+
+def main(name: str, dtype: str, out: str, *cell_names: str) -> None:
+    tf.get_logger().setLevel("ERROR")
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # half of the time of such short runs
+    strategy = None if name == "stock" else make_strategy(name)
+    keras.config.set_floatx(dtype)
+    arrays = {}
+    for cell_name in cell_names or CELLS:
+        keras.backend.clear_session()
+        bench = Bench(strategy, dtype)
+        started_s = time.perf_counter()
+        CELLS[cell_name](bench)
+        print(f"{cell_name}: {time.perf_counter() - started_s:.1f} s")
+        arrays |= {f"{cell_name}|{key}": value for key, value in bench.results.items()}
+    with open(f"{out}.{strategy.worker if strategy else 0}", "wb") as file:
+        np.savez(file, **arrays)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
