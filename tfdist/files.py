@@ -38,6 +38,12 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
+def sync(path: Path) -> None:
+    """What was written to a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """What was renamed in a folder is so on the disk too."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -458,3 +458,39 @@ def batches_applied(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     several. Versions: Keras 3.10-3.15.
     """
     return tf.cast(tf.convert_to_tensor(getattr(optimizer, "inner_optimizer", optimizer)._iterations), tf.int64)
+
+
+def first_epoch(model: keras.Model) -> int:
+    """Where a callback has told `fit` to begin. What: `Trainer._initial_epoch`. Why: only this is read after
+    `on_train_begin`; Keras' own BackupAndRestore sets it. Versions: Keras 3.10-3.15."""
+    return model._initial_epoch or 0
+
+
+def start_at_epoch(model: keras.Model, epoch: int) -> None:
+    """See `first_epoch`."""
+    model._initial_epoch = epoch or None
+
+
+def on_epoch_iterator(iterator: Any, steps: Callable) -> None:
+    """From now on `fit` takes its steps from `steps(stock)`, where `stock()` yields them as before.
+
+    What: `EpochIterator._enumerate_iterator` of one `fit`. Why: to begin in the middle of an epoch, at the batch that comes
+    next. Versions: Keras 3.10-3.15.
+    """
+    stock = iterator._enumerate_iterator
+    iterator._enumerate_iterator = lambda: steps(stock)
+
+
+def methods_inside(model: keras.Model, **methods: Callable):
+    """Inside, this model has other methods."""
+    return _replaced(model, **methods)
+
+
+def results_of_an_epoch(model: keras.Model):
+    """Inside, an epoch without a step has the results of the metrics as they are: `fit` goes on where all steps of an epoch
+    were done, but not its end.
+
+    What: `Trainer._get_metrics_result_or_logs`. Versions: Keras 3.10-3.15.
+    """
+    stock = model._get_metrics_result_or_logs
+    return _replaced(model, _get_metrics_result_or_logs=lambda logs: stock(logs or model.get_metrics_result()))

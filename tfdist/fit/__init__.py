@@ -1,3 +1,7 @@
-"""Keras `fit` on every strategy. Importing this is what makes models under a tfdist scope train that way."""
+"""Keras `fit` on every strategy: importing this is what makes models under a tfdist scope train that way. Loading is lazy
+nowhere here: whoever has a strategy has TensorFlow."""
 
-from tfdist.fit import adapter as adapter
+from tfdist.fit.adapter import models_made_here as models_made_here
+from tfdist.fit.checkpoint import Checkpoint
+
+__all__ = ["Checkpoint"]

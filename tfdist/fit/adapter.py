@@ -3,18 +3,27 @@ one device, on every strategy. Nothing of Keras is changed but while one of thei
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from tfdist import patches
-from tfdist.fit import replica
+from tfdist import files, patches
+from tfdist.cluster.link import supervisor
+from tfdist.errors import UserError
+from tfdist.fit import callbacks, replica
+from tfdist.fit.checkpoint import Checkpoint
 from tfdist.fit.functions import Steps
 from tfdist.fit.input import Input
 from tfdist.strategies import base
+from tfdist.train.signals import StopRequest
 
 METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
+SAVES = ("save", "save_weights", "export")
 
 
 @contextlib.contextmanager
@@ -30,30 +39,31 @@ class Adapter:
     def __init__(self, strategy: base.Strategy, model: keras.Model):
         self.strategy, self.model = strategy, model
         self.input = Input(strategy)
-        self.depth = 0  # `fit` calls `evaluate`
-        patches.own_methods(model, **{name: self._wrapped(name) for name in METHODS})
+        self.steps: dict[str, Steps] = {}  # by "train", "test", "predict"
+        self.checkpoint: Checkpoint | None = None  # of the `fit` that runs
+        self.runs = False
+        own = {name: self._in_front_of(name) for name in METHODS} | {name: self._whole(name) for name in SAVES[:2]}
+        patches.own_methods(model, **own)
 
-    def _wrapped(self, name: str) -> Callable:
+    def _in_front_of(self, name: str) -> Callable:
         stock = getattr(type(self.model), name)
 
         @functools.wraps(stock)
         def method(*args, **kwargs):
-            with self._in_force():
+            if self.runs:  # `fit` calls `evaluate`
                 return stock(self.model, *args, **kwargs)
+            call = inspect.signature(stock).bind(self.model, *args, **kwargs)
+            self.runs = True
+            try:
+                with contextlib.ExitStack() as stack:
+                    for part in [*self._parts(), self._prepared(name, call.arguments)]:
+                        stack.enter_context(part)
+                    return stock(*call.args, **call.kwargs)
+            finally:
+                self.runs = False
+                supervisor().phase("build")  # what a program does between its calls has no limit
 
         return method
-
-    @contextlib.contextmanager
-    def _in_force(self):
-        self.depth += 1
-        try:
-            with contextlib.ExitStack() as stack:
-                if self.depth == 1:
-                    for part in self._parts():
-                        stack.enter_context(part)
-                yield
-        finally:
-            self.depth -= 1
 
     def _parts(self) -> list:
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
@@ -65,10 +75,70 @@ class Adapter:
             patches.writes_noted(replica.note_written),
         ]
 
+    # ---- the arguments of a call ----
+
+    @contextlib.contextmanager
+    def _prepared(self, name: str, arguments: dict[str, Any]) -> Iterator[None]:
+        for data in ("x", "validation_data"):
+            self._check_data(name, arguments.get(data))
+        if not self.strategy.is_chief:
+            if "verbose" in inspect.signature(getattr(type(self.model), name)).parameters:
+                arguments["verbose"] = 0
+            nothing = lambda *args, **kwargs: None  # noqa: E731
+            silent = patches.methods_inside(self.model, **dict.fromkeys(SAVES, nothing))
+        else:
+            silent = contextlib.nullcontext()
+        with silent:
+            if name != "fit" or isinstance(arguments.get("callbacks"), keras.callbacks.CallbackList):
+                yield
+                return
+            given = tf.nest.flatten(arguments.get("callbacks") or [])
+            checkpoints = [one for one in given if isinstance(one, Checkpoint)]
+            if len(checkpoints) > 1:
+                raise UserError(f"fit: expected one tfdist.fit.Checkpoint, found {len(checkpoints)}")
+            others = [one for one in given if one not in checkpoints]
+            arguments["callbacks"] = callbacks.of_this_worker(self.strategy, [*others, *checkpoints])
+            if not checkpoints:
+                yield
+                return
+            (self.checkpoint,) = checkpoints
+            stop = StopRequest(self.strategy.request_stop)
+            try:
+                with stop.installed(), patches.results_of_an_epoch(self.model):
+                    self.checkpoint.begin(self.strategy, others, self._stop_requested)
+                    yield
+            finally:
+                self.checkpoint = None
+                self.strategy.request_stop(False)
+
+    def _stop_requested(self) -> bool:
+        return "train" in self.steps and self.steps["train"].stop_requested()
+
+    def _check_data(self, name: str, data: Any) -> None:
+        if isinstance(data, tf.distribute.DistributedDataset):
+            raise UserError(
+                f"{name}: expected a tf.data.Dataset of global batches, found one that is distributed already; pass the "
+                "dataset itself, tfdist gives each replica its rows"
+            )
+        several = self.strategy.num_workers > 1 and data is not None
+        known = (tf.data.Dataset, dict, list, tuple)
+        if several and not isinstance(data, known) and not hasattr(data, "__array__") and not tf.is_tensor(data):
+            raise UserError(
+                f"{name}: expected, on several workers, arrays or a tf.data.Dataset, which all read alike, found a "
+                f"{type(data).__name__}, which each would run by itself; write a tf.data.Dataset (from_generator, if each "
+                "worker's generator gives the same)"
+            )
+
+    # ---- what `fit` asks for while it runs ----
+
     def _build(self, stock: Callable, iterator: Any = None, data_batch: Any = None) -> None:
         """Makes the variables of model, metrics and optimizer, from shapes and types alone."""
         with patches.strategy_of(self.model, self.strategy.tf_strategy):
             stock(data_batch=self.input.symbolic(data_batch))
+        if self.checkpoint is not None and not self.checkpoint.begun:
+            self._make("train")
+            self.steps["train"].build_optimizers(self.input.spec)
+            self.checkpoint.restore(self.model, iterator)
 
     def _make(self, name: str, force: bool = False) -> Callable:
         function = getattr(self.model, f"{name}_function")
@@ -76,10 +146,35 @@ class Adapter:
             if not self.model.built:
                 with self.strategy.scope():
                     self.model(keras.utils.unpack_x_y_sample_weight(self.input.symbolic())[0])
-            steps = Steps(self.strategy, self.model, self.input, seed=0)
-            function = getattr(steps, f"{name}_function")()
+            self.steps[name] = Steps(self.strategy, self.model, self.input)
+            function = getattr(self.steps[name], f"{name}_function")()
             setattr(self.model, f"{name}_function", function)
         return function
+
+    # ---- saving ----
+
+    def _whole(self, name: str) -> Callable:
+        """A save that is there when it is whole, or not at all: workers that save alike cannot mix their files."""
+        stock = getattr(type(self.model), name)
+
+        @functools.wraps(stock)
+        def method(filepath, *args, **kwargs):
+            path = Path(os.fspath(filepath))
+            if "://" in str(filepath) or path.is_dir() or not path.parent.is_dir() or kwargs.get("max_shard_size"):
+                return stock(self.model, filepath, *args, **kwargs)
+            suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".weights.h5") else path.suffix
+            aside = path.with_name(f".{path.name}.{self.strategy.first_replica}.{os.getpid()}.tmp{suffix}")
+            if path.exists() and (args[:1] or [kwargs.get("overwrite", True)])[0] is False:
+                return stock(self.model, filepath, *args, **kwargs)  # it asks
+            try:
+                stock(self.model, str(aside), *args, **kwargs)
+                files.sync(aside)
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
+            return None
+
+        return method
 
 
 base.IN_SCOPE.append(models_made_here)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from tfdist import patches
+from tfdist.cluster.link import supervisor
 from tfdist.fit.input import Input
 from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
@@ -23,12 +24,14 @@ _SEED_STRIDE = 0x9E3779B9  # odd, near 2**32 / golden ratio: seeds of replicas a
 class Steps:
     """The functions that `fit` calls, for one model as it was compiled and built."""
 
-    def __init__(self, strategy: Strategy, model: keras.Model, input: Input, seed: int):
-        self.strategy, self.model, self.input, self.seed = strategy, model, input, seed
+    def __init__(self, strategy: Strategy, model: keras.Model, input: Input):
+        self.strategy, self.model, self.input = strategy, model, input
+        self.seed = tf.compat.v1.get_seed(0)[0] or 0  # that of tf.random.set_seed, for tfdist's own dropout
         self.tf_strategy = strategy.tf_strategy
         self.metrics = _each_once(model.metrics_variables)
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
         self._bind()
+        self.stop: Any = False  # see stop_requested
         self.logged: list[str] = []  # by the last traced step: names of all logs, and which of them are results of metrics
         self.results: set[str] = set()
 
@@ -38,7 +41,11 @@ class Steps:
         replicas = range(self.strategy.local_replicas())
         self.components = [patches.ComponentVariables(self.tf_strategy, variables, local) for local in replicas]
 
-    def _build_optimizers(self, element_spec) -> None:
+    def stop_requested(self) -> bool:
+        """Whether, by the last step, any process was asked to stop; the same on all of them."""
+        return bool(self.stop)
+
+    def build_optimizers(self, element_spec) -> None:
         """Those that a `train_step` of the model's own uses: it alone knows for which variables."""
         unbuilt = [one for one in optimizers_of(self.model) if not one.built]
         if not unbuilt or patches.is_stock(self.model, "train_step"):
@@ -88,7 +95,7 @@ class Steps:
 
         def agreed(logs):
             if self.strategy.num_replicas == 1:
-                return logs
+                return logs, self.strategy.stop_requested()
             return self._first(self.tf_strategy.run(self._agree, args=(logs,)))
 
         def execution(iterator):
@@ -124,14 +131,20 @@ class Steps:
         def function(iterator):
             with self.strategy.peers():
                 if isinstance(iterator, tf.data.Iterator):
-                    self._build_optimizers(iterator.element_spec)
-                    try:
-                        return self._with_xla_if_possible(execution, iterator)
-                    except tf.errors.OutOfRangeError:
-                        raise StopIteration from None
-                batch = _as_tensors(next(iterator))  # of train_on_batch
-                self._build_optimizers(tf.nest.map_structure(_spec, batch))
-                return self._with_xla_if_possible(on_batch, batch)
+                    argument, steps = iterator, execution
+                    self.build_optimizers(iterator.element_spec)
+                else:
+                    argument, steps = _as_tensors(next(iterator)), on_batch  # of train_on_batch
+                    self.build_optimizers(tf.nest.map_structure(_spec, argument))
+                supervisor().phase("train" if self.stop is not False else "compile")
+                try:
+                    logs, self.stop = self._with_xla_if_possible(steps, argument)
+                except tf.errors.OutOfRangeError:
+                    raise StopIteration from None
+                finally:
+                    supervisor().tick()
+                    supervisor().phase("build")  # callbacks may take their time
+                return logs
 
         return function
 
@@ -260,12 +273,16 @@ class Steps:
             starts = before[len(self.metrics) :]
             self._agree_on(replica, self.layer_state, starts, replica.rows)
 
-    def _agree_on(self, replica: Replica, variables: list, starts: list, rows: tf.Tensor) -> None:
+    def _agree_on(self, replica: Replica, variables: list, starts: list, rows: tf.Tensor, stop=0) -> tf.Tensor:
+        """Returns how many replicas were asked to `stop`."""
         parts = forward_state.contributions(variables, starts, rows, replica.index == 0)
-        *sums, total_rows = replica.sum([*parts, tf.cast(rows, tf.float32)])
+        rows_and_stop = tf.cast(tf.stack([rows, stop]), parts[0].dtype if parts else tf.float32)
+        *sums, rows_and_stop = replica.sum([*parts, rows_and_stop])
+        total_rows, stop = tf.unstack(rows_and_stop)
         values = forward_state.agreed(variables, starts, sums, total_rows)
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
+        return stop
 
     def _logs(self, replica: Replica, logs):
         """What is not the result of a metric is the mean over all rows; the results come with `_agree`."""
@@ -287,7 +304,8 @@ class Steps:
             tf.constant(1), tf.constant(0), tf.constant(self.strategy.num_replicas),
         )  # fmt: skip
         with replica.computing():
-            self._agree_on(replica, self.metrics, [tf.zeros_like(v.value) for v in self.metrics], replica.rows)
+            zeros = [tf.zeros_like(v.value) for v in self.metrics]
+            stop = self._agree_on(replica, self.metrics, zeros, replica.rows, self.strategy.stop_requested())
             results = {}
             for metric in self.model.metrics:
                 result = metric.result()
@@ -297,7 +315,7 @@ class Steps:
             for variable in self.metrics if replica.index else ():
                 if variable.aggregation == "sum":
                     variable.assign(tf.zeros_like(variable.value))
-        return logs[""] if list(logs) == [""] else logs
+        return logs[""] if list(logs) == [""] else logs, stop
 
 
 def _as_tensors(batch):

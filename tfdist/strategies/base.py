@@ -123,6 +123,9 @@ class Strategy(Protocol):
     def request_stop(self, requested: bool = True) -> None:
         """Asks the running loop to end after the step in flight, on every worker. From any thread."""
 
+    def stop_requested(self) -> tf.Tensor:
+        """int32, for a step of one's own to read: whether this process was asked to stop."""
+
     def progress(self) -> tuple[int, int]:
         """(batches fetched, steps done) of all loops so far, also while one runs. From any thread."""
 

@@ -157,6 +157,10 @@ class Synchronous:
     def request_stop(self, requested: bool = True) -> None:
         self._stop.assign(int(requested))
 
+    def stop_requested(self) -> tf.Tensor:
+        """int32, for a step to read: whether this process was asked to stop."""
+        return self._stop.read_value()
+
     def progress(self) -> tuple[int, int]:
         return int(self._batches.numpy()), int(self._steps.numpy())
 

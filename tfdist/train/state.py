@@ -147,6 +147,20 @@ def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray],
         variable.assign(arrays[key])
 
 
+def share(strategy: Strategy, variables: list[keras.Variable], changed: bool = True) -> None:
+    """Every worker takes the chief's values; all of them call it. `changed`: whether the chief's differ from the others'."""
+    if strategy.num_workers == 1:
+        return
+    whole = b"".join(np.asarray(v.numpy()).tobytes() for v in variables) if changed and strategy.is_chief else b""
+    whole = strategy.broadcast(whole)
+    start = 0
+    for variable in variables if whole and not strategy.is_chief else ():
+        dtype = np.dtype(variable.dtype)
+        count = int(np.prod(variable.shape, dtype=np.int64))
+        variable.assign(np.frombuffer(whole, dtype, count, start).reshape(variable.shape))
+        start += count * dtype.itemsize
+
+
 def averaged(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights of a checkpoint, for evaluation: the moving averages, where the optimizer keeps them and has updated."""
     weights = {key: array for key, array in arrays.items() if key.startswith(MODEL)}

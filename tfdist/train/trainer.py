@@ -22,7 +22,7 @@ from tfdist.strategies.base import DatasetFn, Strategy
 from tfdist.train import evaluate, loop, step
 from tfdist.train.loss import Loss, LossFn
 from tfdist.train.signals import StopRequest
-from tfdist.train.state import TrainState, load
+from tfdist.train.state import TrainState, load, share
 
 
 class Trainer:
@@ -117,17 +117,7 @@ class Trainer:
     def share_state(self, changed: bool = True) -> None:
         """Every worker takes the chief's values of everything that a checkpoint holds; all of them call it. `changed`:
         whether the chief's differ from what all started with."""
-        if self.strategy.num_workers == 1:
-            return
-        values = self.state.values()
-        whole = b"".join(np.asarray(v.numpy()).tobytes() for v in values.values()) if changed else b""
-        whole = self.strategy.broadcast(whole)
-        start = 0
-        for variable in values.values() if whole and not self.strategy.is_chief else ():
-            dtype = np.dtype(variable.dtype)
-            count = int(np.prod(variable.shape, dtype=np.int64))
-            variable.assign(np.frombuffer(whole, dtype, count, start).reshape(variable.shape))
-            start += count * dtype.itemsize
+        share(self.strategy, list(self.state.values().values()), changed)
 
     def save(self) -> Path:
         """Writes a checkpoint of this step; for the chief alone. Raises `CheckpointError` when the disk does not take it."""

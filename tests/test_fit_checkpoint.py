@@ -1,0 +1,169 @@
+"""tfdist.fit.Checkpoint: a `fit` that was interrupted anywhere ends like one that never was."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from processes import LIMIT_S, finish, run, start
+
+import tfdist
+from tfdist.checkpoint import store
+from tfdist.errors import CheckpointError, UserError
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(23, 5)).astype("float32"), RNG.normal(size=(23, 1)).astype("float32")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptAt(keras.callbacks.Callback):
+    def __init__(self, batch: int):
+        super().__init__()
+        self.left = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted
+
+
+def data(kind):
+    if kind == "numpy":
+        return (X, Y), {"batch_size": 5}
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y))
+    if kind == "shuffled":
+        return (dataset.shuffle(23, seed=1).batch(5),), {}
+    if kind == "unknown_length":
+        return (dataset.shuffle(23, seed=1).batch(5).filter(lambda *_: True),), {}
+    return (dataset.shuffle(23, seed=1).repeat().batch(5),), {"steps_per_epoch": 4}
+
+
+def trained(kind, folder=None, interrupt_at=0, every_steps=2, **compiled):
+    """(weights and optimizer, history, learning rates) of six epochs with dropout, averages, accumulation and decisions."""
+    keras.utils.set_random_seed(3)
+    strategy = tfdist.OneDevice()
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(6), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+        optimizer = keras.optimizers.Adam(0.05, use_ema=True, ema_overwrite_frequency=5, gradient_accumulation_steps=2)
+        model.compile(optimizer, "mse", metrics=["mae"], **compiled)
+    callbacks = [
+        keras.callbacks.EarlyStopping("loss", patience=3, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=1, factor=0.5),
+    ]
+    callbacks += [tfdist.fit.Checkpoint(folder, every_steps)] if folder else []
+    callbacks += [InterruptAt(interrupt_at)] if interrupt_at else []
+    arrays, options = data(kind)
+    history = model.fit(*arrays, epochs=6, verbose=0, callbacks=callbacks, **options).history
+    return [w.numpy() for w in [*model.weights, *optimizer.variables]], history
+
+
+def assert_same(one, other):
+    assert json.dumps(one[1]) == json.dumps(other[1])
+    for a, b in zip(one[0], other[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "shuffled", "unknown_length", "infinite"])
+def test_interrupted_anywhere_it_ends_like_one_that_was_not(kind, tmp_path):
+    whole = trained(kind)
+    for batch in (3, 8):  # each in what the one before has left
+        with pytest.raises(Interrupted):
+            trained(kind, tmp_path, interrupt_at=batch)
+    assert_same(trained(kind, tmp_path), whole)
+    steps = store.steps(tmp_path)
+    assert len(steps) == 3
+    assert_same(trained(kind, tmp_path), whole)  # it had ended: nothing more
+    assert store.steps(tmp_path) == steps
+
+
+def test_after_each_epoch_and_with_several_steps_per_execution(tmp_path):
+    whole = trained("shuffled", steps_per_execution=2)
+    with pytest.raises(Interrupted):
+        trained("shuffled", tmp_path, interrupt_at=8, every_steps=0, steps_per_execution=2)
+    assert_same(trained("shuffled", tmp_path, every_steps=0, steps_per_execution=2), whole)
+
+
+def test_damaged_ones_are_skipped_and_other_models_refused(tmp_path, caplog):
+    with pytest.raises(Interrupted):
+        trained("numpy", tmp_path, interrupt_at=7)
+    (tmp_path / "step-00000006" / "values-00000.bin").write_bytes(b"cut")
+    assert_same(trained("numpy", tmp_path), trained("numpy"))
+    assert "skipping a damaged checkpoint" in caplog.text
+    with tfdist.OneDevice().scope():
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        model.fit(X, Y, verbose=0, callbacks=[tfdist.fit.Checkpoint(tmp_path)])
+
+
+def test_a_full_disk_is_a_warning_and_at_the_end_an_error(tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        trained("numpy", tmp_path / "file" / "folder")
+    assert "training goes on" in caplog.text
+
+
+def test_outside_of_a_scope_it_is_refused(tmp_path):
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(UserError, match="expected a model made under a tfdist scope"):
+        model.fit(X, Y, verbose=0, callbacks=[tfdist.fit.Checkpoint(tmp_path)])
+    with pytest.raises(UserError, match="keep_last"):
+        tfdist.fit.Checkpoint(tmp_path, keep_last=0)
+
+
+# ---- real processes ----
+
+JOB = str(Path(__file__).parent / "fit_job.py")
+
+
+def result(path):
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def test_sigterm_saves_and_exits_with_143(tmp_path):
+    whole = run([JOB, str(tmp_path / "whole.npz")])
+    assert whole.returncode == 0, whole.stderr
+    process = start([JOB, str(tmp_path / "stopped.npz"), str(tmp_path / "checkpoints"), "0.02"])
+    deadline_s = time.monotonic() + LIMIT_S
+    while not store.steps(tmp_path / "checkpoints") and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.returncode == 143, stopped.stderr
+    again = run([JOB, str(tmp_path / "stopped.npz"), str(tmp_path / "checkpoints"), "0"])
+    assert again.returncode == 0, again.stderr
+    one, other = result(tmp_path / "whole.npz"), result(tmp_path / "stopped.npz")
+    assert all((one[key] == other[key]).all() for key in one) and list(one) == list(other)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_while_it_saves_nothing_is_lost(tmp_path, request):
+    """A save after each batch; every kill at a random time. `--kills=40` is what docs/keras.md says."""
+    folder, lost, before = tmp_path / "checkpoints", 0, 0
+    chance = random.Random(0)
+    for _ in range(request.config.getoption("--kills") or 4):
+        process = start([JOB, str(tmp_path / "out.npz"), str(folder), "0"], {"FIT_JOB_EPOCHS": "100000"})
+        first = max(store.steps(folder), default=0)
+        while max(store.steps(folder), default=0) <= first and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        found = store.latest(folder)
+        lost += found is None or found.step < before
+        before = found.step if found else 0
+    assert lost == 0
+
+

@@ -1,0 +1,77 @@
+"""Callbacks on a cluster: the chief alone writes and prints, and all workers take the chief's decisions."""
+
+import json
+from collections.abc import Sequence
+
+import keras
+from absl import logging
+
+from tfdist import patches
+from tfdist.strategies.base import Strategy
+from tfdist.train import state
+
+# what they do is for one process: their files, their lines
+_WRITERS = tuple(
+    getattr(keras.callbacks, name)
+    for name in ("BackupAndRestore", "CSVLogger", "ModelCheckpoint", "ProgbarLogger", "RemoteMonitor", "TensorBoard")
+    if hasattr(keras.callbacks, name)
+)
+
+
+def of_this_worker(strategy: Strategy, callbacks: Sequence[keras.callbacks.Callback]) -> list[keras.callbacks.Callback]:
+    """The callbacks of one worker, in order; on several workers with `Agree` at the end."""
+    restores = any(isinstance(one, keras.callbacks.BackupAndRestore) for one in callbacks)
+    if restores and strategy.is_chief:
+        logging.warning(
+            "BackupAndRestore: a process that is killed while it saves can leave nothing to restore; "
+            "tfdist.fit.Checkpoint cannot, and continues at the exact batch"
+        )
+    kept = [one for one in callbacks if strategy.is_chief or not isinstance(one, _WRITERS)]
+    return [*kept, Agree(strategy, kept, restores)] if strategy.num_workers > 1 else kept
+
+
+class Agree(keras.callbacks.Callback):
+    """After all others: if one worker wants to stop, all do; the learning rate is the chief's.
+
+    Keras' own callbacks decide by the logs, which are equal on all workers. What others decide after a batch is agreed upon
+    after each batch, which costs a message; what any decides at an epoch's beginning or end, there.
+    """
+
+    def __init__(self, strategy: Strategy, others: Sequence[keras.callbacks.Callback], restores: bool):
+        super().__init__()
+        self.strategy, self.restores = strategy, restores
+        own = [one for one in others if type(one).__module__.partition(".")[0] not in ("keras", "tfdist")]
+        own += [one for one in others if isinstance(one, keras.callbacks.LambdaCallback)]
+        self.after_each_batch = any(_decides_after_batches(one) for one in own)
+
+    def on_train_begin(self, logs=None):
+        if self.restores:  # the chief alone has read a backup
+            state.share(self.strategy, [*self.model.variables, *self.model.optimizer.variables])
+            epochs = self.strategy.exchange(str(patches.first_epoch(self.model)).encode())
+            patches.start_at_epoch(self.model, int(epochs[0]))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._agree()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._agree()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.after_each_batch:
+            self._agree()
+
+    def _agree(self) -> None:
+        optimizer = self.model.optimizer
+        rate = getattr(optimizer, "learning_rate", None)
+        settable = isinstance(rate, keras.Variable)  # else a schedule, which all compute alike
+        message = {"stop": bool(self.model.stop_training), "rate": float(rate.numpy()).hex() if settable else ""}
+        messages = [json.loads(text) for text in self.strategy.exchange(json.dumps(message).encode())]
+        self.model.stop_training = any(one["stop"] for one in messages)
+        if settable and messages[0]["rate"] != message["rate"]:
+            optimizer.learning_rate = float.fromhex(messages[0]["rate"])
+
+
+def _decides_after_batches(callback: keras.callbacks.Callback) -> bool:
+    hooks = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+    stock = keras.callbacks.Callback
+    return any(hook in vars(callback) or getattr(type(callback), hook) is not getattr(stock, hook) for hook in hooks)

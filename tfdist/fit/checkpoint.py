@@ -1,0 +1,241 @@
+"""Checkpoints of `fit`: what DESIGN calls a checkpoint (checkpoint/store.py), with what `fit` itself keeps besides."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tfdist import patches
+from tfdist.checkpoint import keys, policy, store
+from tfdist.errors import CheckpointError, Stopped, UserError
+from tfdist.fit.functions import optimizers_of
+from tfdist.strategies.base import Strategy
+from tfdist.train import state
+
+# what Keras' callbacks count, and go on from
+_COUNTERS = (
+    "best", "best_epoch", "best_weights", "cooldown_counter", "stopped_epoch", "wait",
+    "epochs_since_last_save", "_batches_seen_since_last_saving", "_last_batch_seen",
+)  # fmt: skip
+_VALUES = ("model/", "seeds/", "optimizer/")
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """A callback that saves the whole state of a `fit` into `folder`, and goes on from there when the program runs again.
+
+    The state: weights, optimizer, averages, seeds of random layers, metrics so far, history, and what EarlyStopping,
+    ReduceLROnPlateau and ModelCheckpoint have counted. A resumed `fit` trains on the batch that comes next and ends with the
+    weights and the history of one that was never interrupted; of the data it needs the same batches in the same order again.
+    A `fit` that had ended does nothing more. On SIGTERM and Ctrl-C it saves and exits with 143.
+
+    Args:
+        folder: `folder/step-00000500` and so on; a step is a batch.
+        every_steps: save each time so many batches are done; 0: after every epoch. A multiple of `steps_per_execution`.
+        keep_last: how many checkpoints stay.
+        keep_every_steps: those at multiples of it stay too.
+
+    A disk that does not take a checkpoint is a warning while training goes on and a `CheckpointError` at the end. Damaged
+    ones are skipped. For models that are made under a tfdist scope.
+    """
+
+    def __init__(self, folder: str | Path, every_steps: int = 0, keep_last: int = 3, keep_every_steps: int = 0):
+        super().__init__()
+        if every_steps < 0 or keep_last < 1:
+            raise UserError(f"Checkpoint: expected every_steps >= 0 and keep_last >= 1, found {every_steps}, {keep_last}")
+        self.folder, self.every_steps = Path(folder), every_steps
+        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.strategy: Strategy | None = None
+
+    # ---- called by the adapter ----
+
+    def begin(self, strategy: Strategy, others: list[keras.callbacks.Callback], stop_requested: Callable[[], bool]) -> None:
+        """A `fit` begins; its model may not be built yet."""
+        self.strategy, self.others, self.stop_requested = strategy, others, stop_requested
+        self.step = self.epoch = self.batch = 0  # batches done, epoch that is on, batches done in it
+        self.saved_step, self.due, self.begun, self.found = -1, False, False, None
+        self.counters, self.history, self.metrics, self.best_weights = [], None, [], []
+
+    def restore(self, model: keras.Model, epoch_iterator: Any) -> None:
+        """The model is built: takes the latest checkpoint, if there is one. Every worker calls it."""
+        self.begun, facts = True, {}
+        if self.strategy.is_chief:
+            self.found = store.latest(self.folder)
+            if self.found is not None:
+                facts = self.found.manifest.get("fit")
+                if facts is None:
+                    raise CheckpointError(
+                        f"checkpoint: expected one of tfdist.fit.Checkpoint, found another: {self.found.path}"
+                    )
+                values = {key: array for key, array in self.found.arrays().items() if key.startswith(_VALUES)}
+                state.load(values_of(model), values, str(self.found.path))
+        facts = json.loads(self.strategy.broadcast(json.dumps(facts).encode()))
+        if not facts:
+            return
+        state.share(self.strategy, list(values_of(model).values()))
+        self.metrics, self.best_weights = self._share_arrays("metrics/"), self._share_arrays("best_weights/")
+        self.saved_step = self.step = facts["step"]
+        self.epoch, self.batch = facts["epoch"], facts["batch"]
+        self.history, self.counters = facts["history"], facts["callbacks"]
+        patches.start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
+        patches.on_epoch_iterator(epoch_iterator, self._from_here(epoch_iterator, self.epoch, self.batch))
+        if self.strategy.is_chief:
+            logging.info("fit: goes on at epoch %d, batch %d, from %s", self.epoch + 1, self.batch, self.folder)
+
+    def _share_arrays(self, prefix: str) -> list[np.ndarray]:
+        """The chief's arrays of the checkpoint whose keys begin so, in order, on every worker."""
+        arrays = {}
+        if self.found is not None:
+            arrays = {key: array for key, array in self.found.arrays().items() if key.startswith(prefix)}
+        if self.strategy.num_workers == 1:
+            return list(arrays.values())
+        heads = [(array.dtype.name, array.shape) for array in arrays.values()]
+        heads = json.loads(self.strategy.broadcast(json.dumps(heads).encode()))
+        whole = self.strategy.broadcast(b"".join(array.tobytes() for array in arrays.values()))
+        shared, start = [], 0
+        for dtype, shape in heads:
+            count = int(np.prod(shape, dtype=np.int64))
+            shared.append(np.frombuffer(whole, dtype, count, start).reshape(shape))
+            start += shared[-1].nbytes
+        return shared
+
+    @staticmethod
+    def _from_here(epoch_iterator: Any, epochs: int, batches: int) -> Callable:
+        """The steps of an epoch but for those that are done. Where an epoch's data depend on what was read before, all of
+        it is read again."""
+        reads = epoch_iterator.steps_per_epoch is not None or epoch_iterator.num_batches is None
+        first = True
+
+        def drop(iterator) -> None:
+            for _ in range(epoch_iterator.steps_per_execution):
+                next(iterator)
+
+        def steps(stock: Callable) -> Iterator:
+            nonlocal first
+            if not first:
+                yield from stock()
+                return
+            first = False
+            for _ in range(epochs):
+                with epoch_iterator.catch_stop_iteration():
+                    try:
+                        for *_, iterator in stock():
+                            if reads:
+                                drop(iterator)
+                    except tf.errors.OutOfRangeError:
+                        raise StopIteration from None
+            done = 0
+            for step in stock():
+                if done < batches:
+                    drop(step[-1])
+                    done += epoch_iterator.steps_per_execution
+                else:
+                    yield step
+
+        return steps
+
+    # ---- Keras' hooks; this callback is the last one of the user's ----
+
+    def on_train_begin(self, logs=None):
+        if self.strategy is None:
+            raise UserError("tfdist.fit.Checkpoint: expected a model made under a tfdist scope, found another")
+        best_weights = iter(self.best_weights)
+        for callback, counters in zip(self._counting(), self.counters, strict=False):
+            for name, value in counters.items():
+                number = value.get("weights") if isinstance(value, dict) else None
+                setattr(callback, name, value if number is None else [next(best_weights) for _ in range(number)])
+        if self.history is not None:
+            self.model.history.epoch, self.model.history.history = list(range(self.epoch)), self.history
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+        metrics, self.metrics = self.metrics, []
+        if metrics:  # in the middle of an epoch
+            for variable, value in zip(self.model.metrics_variables, metrics, strict=True):
+                variable.assign(value)
+
+    def on_train_batch_end(self, batch, logs=None):
+        steps = self.model.steps_per_execution
+        self.step, self.batch = self.step + steps, self.batch + steps
+        self.due |= bool(self.every_steps) and self.step // self.every_steps > (self.step - steps) // self.every_steps
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._save_if_due()  # before the next one, not after one that may be the last of its epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epoch, self.batch = epoch + 1, 0
+        self.due |= not self.every_steps
+        self._save_if_due(logs)
+
+    def on_train_end(self, logs=None):
+        patches.start_at_epoch(self.model, 0)
+        self._save(last=True)
+
+    # ---- saving ----
+
+    def _save_if_due(self, logs: dict | None = None) -> None:
+        """`logs`: of an epoch that has just ended, which is not in the history yet."""
+        due, self.due = self.due, False
+        if self.stop_requested():
+            self._save(last=True, logs=logs)
+            self.strategy.barrier()
+            raise Stopped
+        if due:
+            self._save(logs=logs)
+
+    def _counting(self) -> list[keras.callbacks.Callback]:
+        return [one for one in self.others if any(name in vars(one) for name in _COUNTERS)]
+
+    def _save(self, last: bool = False, logs: dict | None = None) -> None:
+        if self.step == self.saved_step:
+            return
+        # reading a metric sums over all replicas: every worker does
+        metrics = [np.asarray(v.numpy()) for v in self.model.metrics_variables] if self.batch else []
+        if not self.strategy.is_chief:
+            return
+        arrays = {key: np.asarray(variable.numpy()) for key, variable in values_of(self.model).items()}
+        arrays |= {f"metrics/{i:03}": value for i, value in enumerate(metrics)}
+        counters = []
+        for callback in self._counting():
+            found = {name: vars(callback)[name] for name in _COUNTERS if name in vars(callback)}
+            weights = found.get("best_weights")
+            if weights is not None:
+                start = sum(key.startswith("best_weights/") for key in arrays)
+                arrays |= {f"best_weights/{start + i:05}": np.asarray(value) for i, value in enumerate(weights)}
+                found["best_weights"] = {"weights": len(weights)}
+            counters.append({name: _plain(value) for name, value in found.items()})
+        history = {name: [_plain(value) for value in values] for name, values in self.model.history.history.items()}
+        for name, value in (logs or {}).items():
+            history[name] = [*history.get(name, []), _plain(value)]
+        fit = {"step": self.step, "epoch": self.epoch, "batch": self.batch, "stopped": self.model.stop_training}
+        fit |= {"history": history, "callbacks": counters}
+        try:
+            path = store.save(self.folder, self.step, arrays, {"fit": fit})
+        except CheckpointError as error:
+            if last:
+                raise
+            logging.warning("%s; training goes on, the last good checkpoint is kept", error)
+            return
+        self.saved_step = self.step
+        policy.prune(path.parent, self.keep_last, self.keep_every_steps)
+
+
+def values_of(model: keras.Model) -> dict[str, keras.Variable]:
+    """What a checkpoint of `fit` holds of a model, by stable key: its weights, seeds, and all its optimizers."""
+    values = {f"model/{key}": v for key, v in keys.model_keys(model).items()}
+    weights = {id(v) for v in model.weights}
+    seeds = [v for v in model.variables if id(v) not in weights and v.name == "seed_generator_state"]
+    values |= {f"seeds/{i:03}": v for i, v in enumerate(seeds)}
+    for i, optimizer in enumerate(one for one in optimizers_of(model) if one.built):
+        values |= {f"optimizer/{i}/{key}": v for key, v in keys.optimizer_keys(optimizer, model).items()}
+    return values
+
+
+def _plain(value):
+    """As JSON has it."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) else value
