@@ -30,5 +30,5 @@ clean:
 
 $(INSTALLED): setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,dev,notebook]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,dev,notebook,hub]'
 	touch $@

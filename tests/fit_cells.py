@@ -61,8 +61,8 @@ class Bench:
     def fit(self, model, *data, **options):
         options = {"verbose": 0, "epochs": 2, **options}
         history = model.fit(*data, **options).history
-        self.keep("history", history)
-        self.keep_variables(model)
+        self.keep(f"history/{model.name}", history)
+        self.keep_variables(model, f"var/{model.name}")
         return history
 
 
@@ -302,6 +302,42 @@ def two_optimizers_in_a_train_step(bench):
     bench.keep("losses", model.fit(tf.data.Dataset.from_tensor_slices(x).batch(6), epochs=3, verbose=0).history)
     bench.keep_variables(model.generator)
     bench.keep("critic", [v.numpy() for v in [*model.critic_optimizer.variables, *model.generator_optimizer.variables]])
+
+
+# ---- code that others wrote ----
+
+
+@cell
+def keras_applications_convnet(bench):
+    with bench.scope():
+        model = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
+        for layer in model.layers[:-20]:  # as in fine-tuning; with batch normalisation
+            layer.trainable = False
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    bench.fit(model, bench.uniform(9, 32, 32, 3), bench.rng.integers(0, 3, 9), batch_size=4, epochs=1)
+
+
+@cell
+def keras_hub_gpt2_and_llama(bench):
+    """Built from their arguments; sample weights leave the padding out."""
+    import keras_hub
+
+    sizes = {"vocabulary_size": 40, "num_layers": 1, "hidden_dim": 8, "intermediate_dim": 16, "dropout": 0.0}
+    tokens = bench.rng.integers(1, 40, (10, 7)).astype("int32")
+    padding = (np.arange(6) < bench.rng.integers(2, 7, (10, 1))).astype("int32")
+    x = {"token_ids": tokens[:, :-1], "padding_mask": padding}
+    for name, make in (
+        ("gpt2", lambda: keras_hub.models.GPT2Backbone(**sizes, num_heads=2, max_sequence_length=8, dtype=bench.dtype)),
+        ("llama", lambda: keras_hub.models.LlamaBackbone(
+            **sizes, num_query_heads=2, num_key_value_heads=1, dtype=bench.dtype)),
+    ):  # fmt: skip
+        with bench.scope():
+            kind = {"gpt2": keras_hub.models.GPT2CausalLM, "llama": keras_hub.models.LlamaCausalLM}[name]
+            model = kind(backbone=make(), preprocessor=None)
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(keras.optimizers.AdamW(0.01), loss, weighted_metrics=["accuracy"])
+        bench.fit(model, x, tokens[:, 1:], sample_weight=padding.astype(bench.dtype), batch_size=4)
+        bench.keep(f"{name}/predict", model.predict(x, batch_size=4, verbose=0))
 
 
 # ---- arguments of the optimizer ----

@@ -52,7 +52,9 @@ def trained(kind, folder=None, interrupt_at=0, every_steps=2, **compiled):
     keras.utils.set_random_seed(3)
     strategy = tfdist.OneDevice()
     with strategy.scope():
-        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(6), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
+        model = keras.Sequential(
+            [keras.Input((5,)), keras.layers.Dense(6), keras.layers.Dropout(0.5), keras.layers.Dense(1)]
+        )
         optimizer = keras.optimizers.Adam(0.05, use_ema=True, ema_overwrite_frequency=5, gradient_accumulation_steps=2)
         model.compile(optimizer, "mse", metrics=["mae"], **compiled)
     callbacks = [
@@ -165,5 +167,3 @@ def test_killed_while_it_saves_nothing_is_lost(tmp_path, request):
         lost += found is None or found.step < before
         before = found.step if found else 0
     assert lost == 0
-
-

@@ -11,6 +11,7 @@ from absl import logging
 
 from tfdist import patches
 from tfdist.cluster.link import supervisor
+from tfdist.errors import DataError
 from tfdist.fit.input import Input
 from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
@@ -19,6 +20,11 @@ from tfdist.strategies.sync import local_replica
 from tfdist.train import forward_state
 
 _SEED_STRIDE = 0x9E3779B9  # odd, near 2**32 / golden ratio: seeds of replicas are far apart
+_FINGERPRINT = "tfdist: fingerprint"  # among the logs of a replica, until all have agreed
+_ANOTHER_BATCH = (
+    "fit: expected the same batches on every worker, of which each takes its rows, found others on this one; make the "
+    "dataset the same way everywhere: a seed for what is random, no shard() by worker"
+)
 
 
 class Steps:
@@ -141,6 +147,10 @@ class Steps:
                     logs, self.stop = self._with_xla_if_possible(steps, argument)
                 except tf.errors.OutOfRangeError:
                     raise StopIteration from None
+                except tf.errors.InvalidArgumentError as error:
+                    if _ANOTHER_BATCH in str(error):
+                        raise DataError(_ANOTHER_BATCH) from None
+                    raise
                 finally:
                     supervisor().tick()
                     supervisor().phase("build")  # callbacks may take their time
@@ -179,11 +189,11 @@ class Steps:
     # ---- on a replica ----
 
     def _replica(self, data) -> tuple[Replica, Any]:
-        parts, rows, first_rows, total = data
+        parts, rows, first_rows, total, fingerprint = data
         local = local_replica(self.tf_strategy)
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
-            rows[local], first_rows[local], total,
+            rows[local], first_rows[local], total, fingerprint,
         )  # fmt: skip
         return replica, tf.nest.map_structure(_without_optional, parts[local])
 
@@ -276,9 +286,14 @@ class Steps:
     def _agree_on(self, replica: Replica, variables: list, starts: list, rows: tf.Tensor, stop=0) -> tf.Tensor:
         """Returns how many replicas were asked to `stop`."""
         parts = forward_state.contributions(variables, starts, rows, replica.index == 0)
-        rows_and_stop = tf.cast(tf.stack([rows, stop]), parts[0].dtype if parts else tf.float32)
-        *sums, rows_and_stop = replica.sum([*parts, rows_and_stop])
-        total_rows, stop = tf.unstack(rows_and_stop)
+        dtype = parts[0].dtype if parts else tf.float32
+        numbers = [tf.cast(number, dtype) for number in (rows, stop, replica.fingerprint)]
+        *sums, numbers = replica.sum([*parts, tf.stack(numbers)])
+        total_rows, stop, fingerprints = tf.unstack(numbers)
+        if self.strategy.num_workers > 1:
+            apart = tf.abs(fingerprints / replica.count - tf.cast(replica.fingerprint, dtype))
+            with tf.control_dependencies([tf.debugging.Assert(apart < 0.25, [_ANOTHER_BATCH])]):
+                stop = tf.identity(stop)
         values = forward_state.agreed(variables, starts, sums, total_rows)
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
@@ -294,14 +309,14 @@ class Steps:
         self.logged = list(logs)
         others = {name: value for name, value in logs.items() if name not in self.results}
         means = replica.means([tf.convert_to_tensor(value) for value in others.values()])
-        return dict(zip(others, means, strict=True))
+        return dict(zip(others, means, strict=True)) | {_FINGERPRINT: replica.fingerprint}
 
     def _agree(self, others: dict):
         """Metrics add up over the replicas, and Keras reads their sum: from then on the first replica has all of it."""
         local = local_replica(self.tf_strategy)
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
-            tf.constant(1), tf.constant(0), tf.constant(self.strategy.num_replicas),
+            tf.constant(1), tf.constant(0), tf.constant(self.strategy.num_replicas), others.pop(_FINGERPRINT),
         )  # fmt: skip
         with replica.computing():
             zeros = [tf.zeros_like(v.value) for v in self.metrics]

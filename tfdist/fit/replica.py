@@ -30,11 +30,11 @@ class Replica:
 
     def __init__(
         self, model: keras.Model, components: patches.ComponentVariables, local: int, index: int, count: int,
-        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor,
+        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor,
     ):  # fmt: skip
         self.model, self.components = model, components
         self.local, self.index, self.count = local, index, count
-        self.rows, self.first_row, self.total = rows, first_row, total
+        self.rows, self.first_row, self.total, self.fingerprint = rows, first_row, total, fingerprint
         self.compiled = False  # inside of XLA no collective can stand
         self.reduced = False  # the gradients that an optimizer is given are sums over all replicas already
         self.deferred: list | None = None  # updates that wait for that sum: (apply, gradients, variables)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -250,6 +251,8 @@ class MultiWorkerMirrored(Synchronous):
             start_timeout_s=start_timeout_s,
         )
         super().__init__(tf_strategy, cluster, worker_weights)
+        if tf.compat.v1.get_seed(None) == (None, None):  # what shuffles without a seed does so alike on all workers
+            tf.random.set_seed(int.from_bytes(self.exchange(os.urandom(4))[0], "little"))
 
 
 def _without_autotune() -> tf.data.Options:
