@@ -109,8 +109,8 @@ def contest(name: str, rank: int, port: int) -> None:
 class Contestant:
     """All workers of one contestant."""
 
-    def __init__(self, name: str, python: str):
-        num_workers = CONTESTANTS[name][0]
+    def __init__(self, name: str, python: str, program: str = __file__, num_workers: int = 0):
+        num_workers = num_workers or CONTESTANTS[name][0]
         ports = free_ports(num_workers)
         addresses = [f"localhost:{port}" for port in ports]
         self.workers = []
@@ -118,7 +118,7 @@ class Contestant:
             tf_config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
             environment = {"TF_CONFIG": json.dumps(tf_config)} if num_workers > 1 else {}
             self.workers.append(subprocess.Popen(
-                [python, __file__, f"--contestant={name}", f"--rank={rank}", f"--port={ports[0]}"],
+                [python, program, f"--contestant={name}", f"--rank={rank}", f"--port={ports[0]}"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
             ))  # fmt: skip

@@ -275,20 +275,20 @@ def mapped_file(path: str, dtype: tf.DType, size: int) -> tf.Tensor:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, **values: Any):
-    """Attributes of a module, a class or a Keras model itself (not of its class), put back afterwards."""
+    """Attributes of a module, a class or a Keras layer itself (not of its class), put back afterwards."""
     attributes = vars(owner)
     before = {name: attributes[name] for name in values if name in attributes}
-    model = isinstance(owner, keras.Model)  # its own __setattr__ would track what is set
+    layer = isinstance(owner, keras.Layer)  # its own __setattr__ would track what is set
     for name, value in values.items():
-        attributes.__setitem__(name, value) if model else setattr(owner, name, value)
+        attributes.__setitem__(name, value) if layer else setattr(owner, name, value)
     try:
         yield
     finally:
         for name in values:
             if name in before:
-                attributes.__setitem__(name, before[name]) if model else setattr(owner, name, before[name])
+                attributes.__setitem__(name, before[name]) if layer else setattr(owner, name, before[name])
             else:
-                attributes.pop(name, None) if model else delattr(owner, name)
+                attributes.pop(name, None) if layer else delattr(owner, name)
 
 
 @contextlib.contextmanager
@@ -494,3 +494,36 @@ def results_of_an_epoch(model: keras.Model):
     """
     stock = model._get_metrics_result_or_logs
     return _replaced(model, _get_metrics_result_or_logs=lambda logs: stock(logs or model.get_metrics_result()))
+
+
+def mask_epsilon(apply_mask: Callable) -> float:
+    """What Keras adds to the number of places that a mask leaves, before it divides by it.
+
+    What: `apply_mask` of keras/src/losses/loss.py. Why: older versions add `keras.backend.epsilon()`, newer ones nothing.
+    Versions: Keras 3.10-3.15.
+    """
+    with tf.init_scope():
+        of_one_place = float(apply_mask(None, tf.ones([1], tf.float64), dtype="float64", reduction="mean")[0])
+    return keras.backend.epsilon() if of_one_place < 1 else 0.0
+
+
+@contextlib.contextmanager
+def activity_of_replicas(layers: list[keras.Layer], scaled: Callable):
+    """Inside, activity regularisation is `scaled(loss)`, in versions of Keras where it is a sum over rows.
+
+    What: `Layer.activity_regularizer`. Why: newer versions divide by the number of rows, so that replicas' losses are a mean
+    like others. Upstream: https://github.com/keras-team/keras/issues/20766. Versions: Keras 3.10-3.15.
+    """
+    regularized = [layer for layer in layers if getattr(layer, "activity_regularizer", None) is not None]
+    with contextlib.ExitStack() as stack:
+        for layer in regularized if regularized and not _activity_is_by_row() else ():
+            stock = layer.activity_regularizer
+            stack.enter_context(_replaced(layer, activity_regularizer=lambda output, stock=stock: scaled(stock(output))))
+        yield
+
+
+def _activity_is_by_row() -> bool:
+    with tf.init_scope():
+        layer = keras.layers.Activation("linear", activity_regularizer=keras.ops.sum)
+        layer(tf.ones([2, 1]))
+        return float(layer.losses[0]) == 1.0

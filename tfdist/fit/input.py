@@ -30,9 +30,15 @@ class Input:
         return getattr(self.strategy.tf_strategy, name)
 
     def experimental_distribute_dataset(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """The dataset itself: steps take their parts of its elements. Whatever else would be read at other times than by
+        """The dataset as it is: steps take their parts of its elements. Whatever else would be read at other times than by
         stock Keras, which matters where training and validation share a dataset that shuffles."""
         self.spec = dataset.element_spec
+        if dataset.options().autotune.enabled is None:
+            # giving up an iterator, at the end of each epoch and evaluation, waits for the thread that tunes: for seconds,
+            # up to a minute
+            options = tf.data.Options()
+            options.autotune.enabled = False
+            dataset = dataset.with_options(options)
         return dataset
 
     def lay_out(self, batch) -> LaidOut:

@@ -51,7 +51,13 @@ class Replica:
         layers = batch_norm.layers_of(self.model) if self.count > 1 else []
         try:
             epsilon = keras.backend.epsilon()
-            with self.components, batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm, epsilon):
+            with (
+                self.components,
+                batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm, epsilon),
+                patches.activity_of_replicas(
+                    patches.all_layers(self.model) if self.count > 1 else [], lambda loss: loss / self.share(loss.dtype)
+                ),
+            ):
                 yield
         finally:
             _current.reset(token)
@@ -154,7 +160,8 @@ def reduce_loss(
     divisor = tf.reduce_sum(tf.cast(weight, own.dtype))
     counts = tf.where(replica.rows > 0, divisor, tf.zeros_like(divisor))
     (of_all,) = replica.sum([tf.stop_gradient(counts)])
-    return own * tf.math.divide_no_nan(counts, of_all) / replica.share(own.dtype)
+    epsilon = 0.0 if reduction == "mean_with_sample_weight" else patches.mask_epsilon(apply_mask)
+    return own * tf.math.divide_no_nan(counts + epsilon, of_all + epsilon) / replica.share(own.dtype)
 
 
 def note_written(variable: keras.Variable) -> None:
