@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import importlib.util
 import sys
 import time
 
@@ -18,9 +19,16 @@ CELLS = {}
 OWN_RANDOMNESS = set()  # masks are those of one device for tfdist's layers only: the oracle is tfdist on one device
 
 
-def cell(fn=None, *, own_randomness: bool = False):
+ONE_PROCESS = set()  # refused on several workers
+
+
+def cell(fn=None, *, own_randomness: bool = False, one_process: bool = False, needs: str = "keras"):
     if fn is None:
-        return lambda fn: cell(fn, own_randomness=own_randomness)
+        return lambda fn: cell(fn, own_randomness=own_randomness, one_process=one_process, needs=needs)
+    if importlib.util.find_spec(needs) is None:  # an extra
+        return fn
+    if one_process:
+        ONE_PROCESS.add(fn.__name__)
     CELLS[fn.__name__] = fn
     if own_randomness:
         OWN_RANDOMNESS.add(fn.__name__)
@@ -180,6 +188,30 @@ def infinite_dataset_with_steps(bench):
     bench.keep("predict", model.predict(tf.data.Dataset.from_tensor_slices(x).batch(4), steps=2, verbose=0))
 
 
+@cell(one_process=True)
+def sequences_and_generators(bench):
+    x, y = bench.normal(14, 5), bench.normal(14, 1)
+
+    class Sequence(keras.utils.PyDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return x[3 * i : 3 * i + 3], y[3 * i : 3 * i + 3]
+
+    def batches():
+        while True:
+            yield x[:5], y[:5]
+            yield x[5:9], y[5:9]
+
+    with bench.scope():
+        model = dense(bench)
+        model.compile("adam", "mse", metrics=["mae"])
+    bench.keep("sequence", model.fit(Sequence(), epochs=2, shuffle=False, verbose=0, validation_data=Sequence()).history)
+    bench.fit(model, batches(), steps_per_epoch=4)
+    bench.keep("evaluate", model.evaluate(batches(), steps=3, verbose=0))
+
+
 @cell
 def single_batches(bench):
     with bench.scope():
@@ -235,7 +267,7 @@ def a_subclass_that_computes_its_own_loss_and_metrics(bench):
 
 @cell
 def a_train_step_of_its_own(bench):
-    """Even batches; with a Loss object, a plain mean, a tracker, and a log that is no metric."""
+    """With a Loss object, a plain mean, a tracker, and a log that is no metric: all means over rows."""
 
     class Model(keras.Model):
         def __init__(self, net):
@@ -262,8 +294,8 @@ def a_train_step_of_its_own(bench):
     with bench.scope():
         model = Model(dense(bench))
         model.compile(optimizer=keras.optimizers.Adam(0.01, global_clipnorm=0.1, gradient_accumulation_steps=2))
-    x, y = bench.normal(12, 5), bench.normal(12, 1)
-    bench.fit(model, x, y, batch_size=6)
+    x, y = bench.normal(13, 5), bench.normal(13, 1)
+    bench.fit(model, x, y, batch_size=5)
 
 
 @cell
@@ -299,7 +331,7 @@ def two_optimizers_in_a_train_step(bench):
         model.build()
         model.compile(keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.01, clipnorm=0.1))
     x = bench.normal(12, 5)
-    bench.keep("losses", model.fit(tf.data.Dataset.from_tensor_slices(x).batch(6), epochs=3, verbose=0).history)
+    bench.keep("losses", model.fit(tf.data.Dataset.from_tensor_slices(x).batch(5), epochs=3, verbose=0).history)
     bench.keep_variables(model.generator)
     bench.keep("critic", [v.numpy() for v in [*model.critic_optimizer.variables, *model.generator_optimizer.variables]])
 
@@ -317,7 +349,7 @@ def keras_applications_convnet(bench):
     bench.fit(model, bench.uniform(9, 32, 32, 3), bench.rng.integers(0, 3, 9), batch_size=4, epochs=1)
 
 
-@cell
+@cell(needs="keras_hub")
 def keras_hub_gpt2_and_llama(bench):
     """Built from their arguments; sample weights leave the padding out."""
     import keras_hub

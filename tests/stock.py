@@ -5,6 +5,7 @@
 prints a JSON object: defect -> what happened, beginning with "defect" while it is still there.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -165,6 +166,43 @@ def batch_norm_statistics(strategy):
     return f"{'defect' if means[0] != means[1] else 'mended'}: {means}, right is [2, 2]"
 
 
+@shows("mirrored")
+def masked_loss(strategy):
+    """One place is left of the first row, three of the second: the mean of all four is (4 + 0 + 0 + 0) / 4."""
+    with strategy.scope():
+        inputs = keras.Input((3, 1))
+        hidden = keras.layers.Masking(0.0)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")(hidden))
+        model.compile("sgd", "mse")
+    x = [[[1.0], [0.0], [0.0]], [[1.0], [1.0], [1.0]]]
+    y = [[[2.0], [0.0], [0.0]], [[0.0], [0.0], [0.0]]]
+    return compared(model.evaluate(data(x, y, 2), verbose=0), 2.0, 1.0)
+
+
+@shows("mirrored")
+def mean_of_a_loss(strategy):
+    """`Mean.update_state(loss)` of batches 0, 0 | 0, 0 and 0, 0 | 3, whose means are 0 and 1."""
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.tracker = keras.metrics.Mean(name="tracked")
+
+        def call(self, x):
+            return x
+
+        def test_step(self, x):
+            self.tracker.update_state(tf.reduce_mean(x))
+            return {"tracked": self.tracker.result()}
+
+    with strategy.scope():
+        model = Model()
+        model.build((None, 1))
+        model.compile()
+    rows = tf.data.Dataset.from_tensor_slices(np.float32([[0.0]] * 6 + [[3.0]])).batch(4)
+    return compared(model.evaluate(rows, verbose=0, return_dict=True)["tracked"], 0.75, 0.5)
+
+
 # ---- others ----
 
 
@@ -214,6 +252,44 @@ def model_parallel_shards_nothing(strategy):
         layer.build((None, 4))
     whole = type(layer.kernel.value).__name__ == "ResourceVariable" and tuple(layer.kernel.value.shape) == (4, 4)
     return f"{'defect: silently a whole variable' if whole else 'mended'}: {type(layer.kernel.value).__name__}"
+
+
+@shows("one_device")
+def iterations_stand_still(strategy):
+    """With accumulation the public count of an optimizer does not tell one batch from the next."""
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
+    variable = keras.Variable(1.0)
+    optimizer.build([variable])
+    counts = []
+    for _ in range(3):
+        optimizer.apply([tf.constant(1.0)])
+        counts.append(int(optimizer.iterations))
+    return f"{'defect' if counts == [0, 0, 0] else 'mended'}: {counts} after 1, 2, 3 batches"
+
+
+@shows("one_device")
+def backup_and_restore_begins_the_epoch_again(strategy):
+    """Interrupted after batch 3 of 4, it trains on the first three again."""
+    seen = []
+
+    def fit(folder, stop):
+        model = dense(tf.distribute.get_strategy())
+        model.build((None, 1))
+
+        def batch_end(batch, logs):
+            seen.append(batch)
+            if stop and len(seen) == 3:
+                raise KeyboardInterrupt
+
+        watch = keras.callbacks.LambdaCallback(on_train_batch_end=batch_end)
+        backup = keras.callbacks.BackupAndRestore(folder, save_freq=1)
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(data(np.ones((8, 1)), np.ones(8), 2), verbose=0, callbacks=[backup, watch])
+
+    with tempfile.TemporaryDirectory() as folder:
+        fit(folder, stop=True)
+        fit(folder, stop=False)
+    return f"{'defect' if seen == [0, 1, 2, 0, 1, 2, 3] else 'mended'}: {seen}, right is [0, 1, 2, 3]"
 
 
 @shows("one_device")

@@ -167,3 +167,29 @@ def test_killed_while_it_saves_nothing_is_lost(tmp_path, request):
         lost += found is None or found.step < before
         before = found.step if found else 0
     assert lost == 0
+
+
+@pytest.mark.slow
+def test_a_cluster_is_stopped_and_goes_on(tmp_path):
+    """SIGTERM reaches one worker; both stop after the same batch, and go on from it, with another number of workers too."""
+
+    def launched(workers, out, *arguments):
+        launch = ["-m", "tfdist.cli", "launch", f"--workers={workers}", f"--log_dir={tmp_path / 'logs'}", "--", "python"]
+        return start([*launch, JOB, str(tmp_path / out), *arguments])
+
+    folder = tmp_path / "checkpoints"
+    whole = finish(launched(2, "whole.npz"))
+    assert whole.returncode == 0, whole.stderr
+    process = launched(2, "stopped.npz", str(folder), "0.02")
+    deadline_s = time.monotonic() + LIMIT_S
+    while not store.steps(folder) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.returncode == 143, stopped.stdout + stopped.stderr
+    again = finish(launched(1, "stopped.npz", str(folder), "0"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    one, other = result(tmp_path / "whole.npz"), result(tmp_path / "stopped.npz")
+    assert list(one) == list(other)
+    for key in one:
+        np.testing.assert_allclose(one[key], other[key], rtol=2e-5, atol=2e-8)

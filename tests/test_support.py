@@ -6,6 +6,7 @@ import pytest
 from cells import CELLS, ON_TWO_REPLICAS_ONLY
 from conftest import STRATEGIES
 from oracle import ALONE, assert_equal_to_one_device
+from test_fit import assert_equal_to_stock_keras, cells_of
 
 from tfdist.errors import UserError
 from tfdist.strategies import support
@@ -58,6 +59,45 @@ SHOWN = {
         "test_trainer:test_gradients_in_bfloat16_and_counts_exact",
         "test_cluster_training:test_gradients_in_bfloat16_and_in_packs_train_nearly_the_same",
     ],
+    "Keras `fit`, `evaluate`, `predict`, with the numbers of stock Keras on one device": ["test_fit:test_every_cell"],
+    "`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules": [
+        f"fit_cells:{cell}"
+        for cell in (
+            "accumulation_averages_decay_and_schedule",
+            "averages_swapped_for_evaluation",
+            "single_batches",
+            "loss_scale_with_an_overflow_on_one_replica",
+            "a_fixed_loss_scale_frozen_layers_and_missing_gradients",
+        )
+    ],
+    "`fit`: masks, sample and class weights, every reduction of losses, uneven batches": [
+        f"fit_cells:{cell}"
+        for cell in (
+            "masked_tokens_of_ragged_lengths",
+            "dicts_several_outputs_and_their_weights",
+            "numpy_with_sample_weights_validation_and_uneven_batches",
+            "convolution_with_batch_norm_class_weight_and_validation_split",
+            "a_subclass_that_computes_its_own_loss_and_metrics",
+        )
+    ],
+    "`fit`: a `train_step` of one's own (losses count by rows; what it clips itself stays per replica)": [
+        "fit_cells:a_train_step_of_its_own",
+        "fit_cells:two_optimizers_in_a_train_step",
+    ],
+    "`fit`: XLA (not with masks, batch normalisation or a `train_step` of one's own on several replicas)": [
+        "fit_cells:compiled_by_xla",
+        "fit_cells:compiled_by_xla_but_it_communicates",
+    ],
+    "`fit`: callbacks; files and lines are the chief's, decisions everybody's": [
+        "fit_cells:callbacks_that_decide",
+        "fit_cells:learning_rate_scheduler_and_a_stop_at_nan",
+        "test_fit:test_what_a_cluster_promises",
+    ],
+    "`fit`: tfdist.fit.Checkpoint": [
+        "test_fit_checkpoint:test_interrupted_anywhere_it_ends_like_one_that_was_not",
+        "test_fit_checkpoint:test_a_cluster_is_stopped_and_goes_on",
+    ],
+    "`fit`: PyDataset, generators": ["fit_cells:sequences_and_generators"],
 }
 YES = [(feature, name) for feature, row in support.TABLE.items() for name in COLUMNS if row[name] == support.YES]
 
@@ -85,3 +125,6 @@ def test_the_cells_behind_a_yes_pass(feature, name):
         for strategy in COLUMNS[name]:
             if cell not in ON_TWO_REPLICAS_ONLY | ALONE:
                 assert_equal_to_one_device(cell, strategy, "float64")
+    for cell in [shown.partition(":")[2] for shown in SHOWN[feature] if shown.startswith("fit_cells:")]:
+        strategy = {"Mirrored": "mirrored:4", "MultiWorkerMirrored": "multi_worker:2x1"}[name]
+        assert_equal_to_stock_keras(cell, strategy, "float64", cells_of(strategy))

@@ -6,11 +6,26 @@ Nothing here runs at import; callers apply an entry where they need it.
 import contextlib
 import contextvars
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2
+
+from tfdist.errors import UserError
+
+VERSIONS = {"Keras": ((3, 10), (3, 15)), "TensorFlow": ((2, 19), (2, 21))}  # which the entries are tested with
+
+
+def check_versions(what: str) -> None:
+    """Raises `UserError` where private names may mean something else than what an entry says."""
+    for name, found in (("Keras", keras.__version__), ("TensorFlow", tf.__version__)):
+        low, high = VERSIONS[name]
+        if not low <= tuple(int(part) for part in found.split(".")[:2]) <= high:
+            raise UserError(
+                f"{what}: expected {name} {low[0]}.{low[1]} to {high[0]}.{high[1]}, whose private names it replaces, found "
+                f"{found}; install one of these, or use tfdist.Trainer"
+            )
 
 
 class ComponentVariables:
@@ -496,34 +511,33 @@ def results_of_an_epoch(model: keras.Model):
     return _replaced(model, _get_metrics_result_or_logs=lambda logs: stock(logs or model.get_metrics_result()))
 
 
-def mask_epsilon(apply_mask: Callable) -> float:
-    """What Keras adds to the number of places that a mask leaves, before it divides by it.
+class Quirks(NamedTuple):
+    """What differs between versions of Keras 3.10-3.15 in the numbers of one device."""
 
-    What: `apply_mask` of keras/src/losses/loss.py. Why: older versions add `keras.backend.epsilon()`, newer ones nothing.
-    Versions: Keras 3.10-3.15.
-    """
-    with tf.init_scope():
-        of_one_place = float(apply_mask(None, tf.ones([1], tf.float64), dtype="float64", reduction="mean")[0])
-    return keras.backend.epsilon() if of_one_place < 1 else 0.0
+    mask_epsilon: float  # what is added to the number of places that a mask leaves, before a loss is divided by it
+    activity_by_row: bool  # whether activity regularisation is divided by the number of rows
+
+
+def quirks() -> Quirks:
+    """Tried out; to be called outside of a graph. What: `apply_mask` of keras/src/losses/loss.py."""
+    from keras.src.losses import loss as module
+
+    one_place = float(module.apply_mask(None, tf.ones([1], tf.float64), dtype="float64", reduction="mean")[0])
+    layer = keras.layers.Activation("linear", activity_regularizer=keras.ops.sum)
+    layer(tf.ones([2, 1]))
+    return Quirks(keras.backend.epsilon() if one_place < 1 else 0.0, float(layer.losses[0]) == 1.0)
 
 
 @contextlib.contextmanager
 def activity_of_replicas(layers: list[keras.Layer], scaled: Callable):
-    """Inside, activity regularisation is `scaled(loss)`, in versions of Keras where it is a sum over rows.
+    """Inside, activity regularisation of a layer is `scaled(loss)`.
 
-    What: `Layer.activity_regularizer`. Why: newer versions divide by the number of rows, so that replicas' losses are a mean
-    like others. Upstream: https://github.com/keras-team/keras/issues/20766. Versions: Keras 3.10-3.15.
+    What: `Layer.activity_regularizer`. Why: where it is a sum over rows (see `Quirks`), not a mean like other losses, it
+    cannot be weighted by shares as they are. Versions: Keras 3.10-3.15.
     """
-    regularized = [layer for layer in layers if getattr(layer, "activity_regularizer", None) is not None]
     with contextlib.ExitStack() as stack:
-        for layer in regularized if regularized and not _activity_is_by_row() else ():
-            stock = layer.activity_regularizer
-            stack.enter_context(_replaced(layer, activity_regularizer=lambda output, stock=stock: scaled(stock(output))))
+        for layer in layers:
+            stock = getattr(layer, "activity_regularizer", None)
+            if stock is not None:
+                stack.enter_context(_replaced(layer, activity_regularizer=lambda output, stock=stock: scaled(stock(output))))
         yield
-
-
-def _activity_is_by_row() -> bool:
-    with tf.init_scope():
-        layer = keras.layers.Activation("linear", activity_regularizer=keras.ops.sum)
-        layer(tf.ones([2, 1]))
-        return float(layer.losses[0]) == 1.0

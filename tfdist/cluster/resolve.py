@@ -50,6 +50,11 @@ def supervisor_fd(environ: Mapping[str, str] = os.environ) -> int | None:
     return int(fd) if fd.isdigit() and pid == str(os.getpid()) else None
 
 
+def wants_legacy_keras(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `tf.keras` would be tf_keras, which is Keras 2."""
+    return environ.get("TF_USE_LEGACY_KERAS", "") in ("1", "true", "True")
+
+
 def devices_per_worker(environ: Mapping[str, str] = os.environ) -> int:
     """What `tfdist launch --devices-per-worker` asked for; 0: nothing."""
     given = environ.get("TFDIST_DEVICES_PER_WORKER", "0")

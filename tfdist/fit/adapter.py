@@ -19,7 +19,7 @@ from tfdist.fit import callbacks, replica
 from tfdist.fit.checkpoint import Checkpoint
 from tfdist.fit.functions import Steps
 from tfdist.fit.input import Input
-from tfdist.strategies import base
+from tfdist.strategies import base, support
 from tfdist.train.signals import StopRequest
 
 METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
@@ -52,6 +52,7 @@ class Adapter:
         def method(*args, **kwargs):
             if self.runs:  # `fit` calls `evaluate`
                 return stock(self.model, *args, **kwargs)
+            patches.check_versions(name)
             call = inspect.signature(stock).bind(self.model, *args, **kwargs)
             self.runs = True
             try:
@@ -73,6 +74,7 @@ class Adapter:
             patches.means_of_replicas(replica.weight_of_mean),
             patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
             patches.writes_noted(replica.note_written),
+            patches.activity_of_replicas(patches.all_layers(self.model), replica.activity_loss),
         ]
 
     # ---- the arguments of a call ----
@@ -123,11 +125,12 @@ class Adapter:
         several = self.strategy.num_workers > 1 and data is not None
         known = (tf.data.Dataset, dict, list, tuple)
         if several and not isinstance(data, known) and not hasattr(data, "__array__") and not tf.is_tensor(data):
-            raise UserError(
-                f"{name}: expected, on several workers, arrays or a tf.data.Dataset, which all read alike, found a "
-                f"{type(data).__name__}, which each would run by itself; write a tf.data.Dataset (from_generator, if each "
-                "worker's generator gives the same)"
-            )
+            try:
+                support.refuse(support.GENERATORS, type(self.strategy).__name__)
+            except UserError as error:
+                raise UserError(
+                    f"{name}: expected arrays or a tf.data.Dataset, found a {type(data).__name__}: {error}"
+                ) from None
 
     # ---- what `fit` asks for while it runs ----
 

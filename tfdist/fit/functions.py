@@ -34,6 +34,7 @@ class Steps:
         self.strategy, self.model, self.input = strategy, model, input
         self.seed = tf.compat.v1.get_seed(0)[0] or 0  # that of tf.random.set_seed, for tfdist's own dropout
         self.tf_strategy = strategy.tf_strategy
+        self.quirks = patches.quirks()
         self.metrics = _each_once(model.metrics_variables)
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
         self._bind()
@@ -193,7 +194,7 @@ class Steps:
         local = local_replica(self.tf_strategy)
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
-            rows[local], first_rows[local], total, fingerprint,
+            rows[local], first_rows[local], total, fingerprint, self.quirks,
         )  # fmt: skip
         return replica, tf.nest.map_structure(_without_optional, parts[local])
 
@@ -316,7 +317,7 @@ class Steps:
         local = local_replica(self.tf_strategy)
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
-            tf.constant(1), tf.constant(0), tf.constant(self.strategy.num_replicas), others.pop(_FINGERPRINT),
+            tf.constant(1), tf.constant(0), tf.constant(self.strategy.num_replicas), others.pop(_FINGERPRINT), self.quirks,
         )  # fmt: skip
         with replica.computing():
             zeros = [tf.zeros_like(v.value) for v in self.metrics]

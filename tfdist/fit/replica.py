@@ -30,9 +30,9 @@ class Replica:
 
     def __init__(
         self, model: keras.Model, components: patches.ComponentVariables, local: int, index: int, count: int,
-        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor,
+        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor, quirks: patches.Quirks,
     ):  # fmt: skip
-        self.model, self.components = model, components
+        self.model, self.components, self.quirks = model, components, quirks
         self.local, self.index, self.count = local, index, count
         self.rows, self.first_row, self.total, self.fingerprint = rows, first_row, total, fingerprint
         self.compiled = False  # inside of XLA no collective can stand
@@ -51,13 +51,7 @@ class Replica:
         layers = batch_norm.layers_of(self.model) if self.count > 1 else []
         try:
             epsilon = keras.backend.epsilon()
-            with (
-                self.components,
-                batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm, epsilon),
-                patches.activity_of_replicas(
-                    patches.all_layers(self.model) if self.count > 1 else [], lambda loss: loss / self.share(loss.dtype)
-                ),
-            ):
+            with self.components, batch_norm.statistics(layers, self._counts, self._sum_for_batch_norm, epsilon):
                 yield
         finally:
             _current.reset(token)
@@ -160,8 +154,14 @@ def reduce_loss(
     divisor = tf.reduce_sum(tf.cast(weight, own.dtype))
     counts = tf.where(replica.rows > 0, divisor, tf.zeros_like(divisor))
     (of_all,) = replica.sum([tf.stop_gradient(counts)])
-    epsilon = 0.0 if reduction == "mean_with_sample_weight" else patches.mask_epsilon(apply_mask)
+    epsilon = 0.0 if reduction == "mean_with_sample_weight" else replica.quirks.mask_epsilon
     return own * tf.math.divide_no_nan(counts + epsilon, of_all + epsilon) / replica.share(own.dtype)
+
+
+def activity_loss(loss: tf.Tensor) -> tf.Tensor:
+    """Of one replica's rows, so that their sum by shares is that of all rows."""
+    replica = _several()
+    return loss if replica is None or replica.quirks.activity_by_row else loss / replica.share(loss.dtype)
 
 
 def note_written(variable: keras.Variable) -> None:

@@ -11,19 +11,23 @@ YES = ""  # any other text is the reason why not
 
 STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer", "TPU")
 _LATER = "not there yet"
+GENERATORS = "`fit`: PyDataset, generators"
 MULTI_OPTIMIZER = "clipping or EMA inside of a MultiOptimizer"
 _INSIDE = "a norm, and the averages, are of all variables; pass Trainer(clip_norm=...)"
+
+_ALIKE = "each worker would run it by itself; write a tf.data.Dataset, which all read alike"
 
 # feature -> strategy -> YES or the reason
 TABLE: dict[str, dict[str, str]] = {
     feature: {
         "OneDevice": one_device,
         "Mirrored": mirrored,
-        "MultiWorkerMirrored": mirrored,  # one implementation: what holds for the replicas of one process holds for many
+        # one implementation: what holds for the replicas of one process holds for many
+        "MultiWorkerMirrored": several[0] if several else mirrored,
         "ParameterServer": _LATER,
         "TPU": _LATER,
     }
-    for feature, one_device, mirrored in (
+    for feature, one_device, mirrored, *several in (
         ("train, with every Keras optimizer", YES, YES),
         ("token-weighted loss", YES, YES),
         ("dict inputs, several outputs with their own losses and weights", YES, YES),
@@ -50,6 +54,14 @@ TABLE: dict[str, dict[str, str]] = {
         ("checkpoint and resume", YES, YES),
         ("gradients reduced in bfloat16 (not equal to one device)", "one device reduces nothing", YES),
         (MULTI_OPTIMIZER, _INSIDE, _INSIDE),
+        ("Keras `fit`, `evaluate`, `predict`, with the numbers of stock Keras on one device", YES, YES),
+        ("`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules", YES, YES),
+        ("`fit`: masks, sample and class weights, every reduction of losses, uneven batches", YES, YES),
+        ("`fit`: a `train_step` of one's own (losses count by rows; what it clips itself stays per replica)", YES, YES),
+        ("`fit`: XLA (not with masks, batch normalisation or a `train_step` of one's own on several replicas)", YES, YES),
+        ("`fit`: callbacks; files and lines are the chief's, decisions everybody's", YES, YES),
+        ("`fit`: tfdist.fit.Checkpoint", YES, YES),
+        (GENERATORS, YES, YES, _ALIKE),
     )
 }
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from tfdist.cluster.link import supervisor
-from tfdist.cluster.resolve import resolve
+from tfdist.cluster.resolve import resolve, wants_legacy_keras
 from tfdist.cluster.spec import Cluster
 from tfdist.errors import PeerLost, UserError
 from tfdist.strategies import base, devices, input_checks, layout, messages, multi_worker
@@ -31,6 +31,11 @@ class Synchronous:
             raise UserError(
                 f"expected the Keras backend tensorflow, found {keras.backend.backend()}; "
                 "set KERAS_BACKEND=tensorflow before Keras is imported"
+            )
+        if wants_legacy_keras():
+            raise UserError(
+                "expected Keras 3, found TF_USE_LEGACY_KERAS=1, with which tf.keras is tf_keras (Keras 2, not supported); "
+                "unset it and `import keras`"
             )
         self.tf_strategy = tf_strategy
         self.cluster = cluster or Cluster()
