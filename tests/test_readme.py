@@ -36,3 +36,17 @@ def test_the_commands_and_keys_exist():
         assert f"\n{target}:" in (ROOT / "Makefile").read_text()
     for path in re.findall(r"(configs/\w+\.py|notebooks/\w+\.ipynb|docs/\w+\.md|tfdist/\w+\.py)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_page_about_fit_names_tests_that_are_there(tmp_path):
+    page = (ROOT / "docs" / "keras.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    rows = [row.rpartition(" | ")[2] for row in re.findall(r"^\| .*\|$", page, re.MULTILINE)[1:]]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(rows) == 15 and len(names) > 20
+    for name in names:
+        assert f"def {name}(" in tests, name
+    program = re.findall(r"```python\n(import.*?)```", page, re.DOTALL)[0]
+    (tmp_path / "program.py").write_text(f"import os\nos.chdir({str(tmp_path)!r})\n{program}")
+    done = run([str(tmp_path / "program.py")])
+    assert done.returncode == 0 and float(done.stdout.split()[-1]) < 1, done.stderr

@@ -157,7 +157,9 @@ class Checkpoint(keras.callbacks.Callback):
         metrics, self.metrics = self.metrics, []
         if metrics:  # in the middle of an epoch
             for variable, value in zip(self.model.metrics_variables, metrics, strict=True):
-                variable.assign(value)
+                copies = self.strategy.tf_strategy.experimental_local_results(variable.value)
+                for replica, copy in enumerate(copies, self.strategy.first_replica):  # where a step leaves it
+                    copy.assign(value if not replica or variable.aggregation != "sum" else np.zeros_like(value))
 
     def on_train_batch_end(self, batch, logs=None):
         steps = self.model.steps_per_execution
