@@ -112,7 +112,9 @@ def test_nothing_stays_replaced():
         base = keras.optimizers.Optimizer.__mro__
         owners = [keras.losses.Loss, keras.metrics.Mean, keras.Variable, keras.Model, *base, *keras.Model.__mro__]
         module = sys.modules[keras.losses.Loss.__module__.replace("keras.losses", "keras.src.losses.loss")]
-        return {(owner, name): value for owner in [*owners, module] for name, value in vars(owner).items()}
+        return {
+            (owner, name): value for owner in [*owners, module] for name, value in vars(owner).items() if callable(value)
+        }
 
     def same(before):
         after = names()
@@ -153,3 +155,28 @@ def test_the_example_trains_alike_on_two_workers(tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         "epoch-1.weights.h5", "epoch-2.weights.h5", "epoch-3.weights.h5", "model.keras",
     ]  # fmt: skip
+
+
+def test_what_was_made_outside_of_the_scope():
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+
+    def made():
+        return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+    strategy, outside = tfdist.OneDevice(), made()
+    outside.compile("adam", "mse")
+    with strategy.scope():
+        model = made()
+        with pytest.raises(UserError, match="fit: expected a model made under the strategy's scope, found one"):
+            outside.fit(x, y, verbose=0)
+    outside.fit(x, y, verbose=0)
+    model.compile("adam", "mse", metrics=["mae"])  # outside: fine
+    model.fit(x, y, verbose=0)
+    with strategy.scope():
+        model.fit(x, y, verbose=0)
+        built = made()
+    optimizer = keras.optimizers.Adam()
+    optimizer.build(built.trainable_variables)
+    built.compile(optimizer, "mse")
+    with pytest.raises(ValueError, match="made under the strategy.s scope"):
+        built.fit(x, y, verbose=0)

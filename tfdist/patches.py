@@ -5,6 +5,7 @@ Nothing here runs at import; callers apply an entry where they need it.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -307,11 +308,12 @@ def _replaced(owner: Any, **values: Any):
 
 
 @contextlib.contextmanager
-def models_made(attach: Callable[[keras.Model], None]):
-    """Inside, every Keras model that is made is given to `attach` first.
+def models_made(attach: Callable[[keras.Model], None], refuse: Callable[[keras.Model, str], None], methods: tuple[str, ...]):
+    """Inside, every Keras model that is made is given to `attach` first, and a call of the `methods` to `refuse`.
 
     What: `TensorFlowTrainer.__init__`. Why: `fit` is called later, outside of the scope, on the model alone: this is where a
-    model learns its strategy in stock Keras too. Versions: Keras 3.10-3.15.
+    model learns its strategy in stock Keras too. One that was made before would take TensorFlow's strategy of the moment.
+    Versions: Keras 3.10-3.15.
     """
     from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
@@ -321,7 +323,17 @@ def models_made(attach: Callable[[keras.Model], None]):
         stock(self, *args, **kwargs)
         attach(self)
 
-    with _replaced(TensorFlowTrainer, __init__=__init__):
+    def refusing(name):
+        stock_method = getattr(TensorFlowTrainer, name)
+
+        @functools.wraps(stock_method)
+        def method(self, *args, **kwargs):
+            refuse(self, name)
+            return stock_method(self, *args, **kwargs)
+
+        return method
+
+    with _replaced(TensorFlowTrainer, __init__=__init__, **{name: refusing(name) for name in methods}):
         yield
 
 

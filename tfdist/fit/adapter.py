@@ -29,8 +29,13 @@ SAVES = ("save", "save_weights", "export")
 @contextlib.contextmanager
 def models_made_here(strategy: base.Strategy):
     """Inside, each Keras model that is made gets an `Adapter`."""
-    with patches.models_made(lambda model: Adapter(strategy, model)):
+    with patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, METHODS):
         yield
+
+
+def _refuse_others(model: keras.Model, name: str) -> None:
+    if name not in vars(model):
+        raise UserError(f"{name}: expected a model made under the strategy's scope, found one made outside: {model.name}")
 
 
 class Adapter:
@@ -43,13 +48,12 @@ class Adapter:
         self.checkpoint: Checkpoint | None = None  # of the `fit` that runs
         self.runs = False
         own = {name: self._in_front_of(name) for name in METHODS} | {name: self._whole(name) for name in SAVES[:2]}
-        patches.own_methods(model, **own)
+        patches.own_methods(model, **own, compile=self._compile)
 
     def _in_front_of(self, name: str) -> Callable:
-        stock = getattr(type(self.model), name)
-
-        @functools.wraps(stock)
+        @functools.wraps(getattr(type(self.model), name))
         def method(*args, **kwargs):
+            stock = getattr(type(self.model), name)
             if self.runs:  # `fit` calls `evaluate`
                 return stock(self.model, *args, **kwargs)
             patches.check_versions(name)
@@ -137,7 +141,15 @@ class Adapter:
     def _build(self, stock: Callable, iterator: Any = None, data_batch: Any = None) -> None:
         """Makes the variables of model, metrics and optimizer, from shapes and types alone."""
         with patches.strategy_of(self.model, self.strategy.tf_strategy):
-            stock(data_batch=self.input.symbolic(data_batch))
+            try:
+                stock(data_batch=self.input.symbolic(data_batch))
+            except RuntimeError as error:
+                if "Mixing different" not in str(error):
+                    raise
+                raise UserError(
+                    "fit: expected an optimizer made under the strategy's scope (`with strategy.scope():`), found one made "
+                    "outside; make it there, or give compile its name"
+                ) from error
         if self.checkpoint is not None and not self.checkpoint.begun:
             self._make("train")
             self.steps["train"].build_optimizers(self.input.spec)
@@ -153,6 +165,10 @@ class Adapter:
             function = getattr(self.steps[name], f"{name}_function")()
             setattr(self.model, f"{name}_function", function)
         return function
+
+    def _compile(self, *args, **kwargs):
+        with self.strategy.scope():  # an optimizer that is given by name is made here
+            return type(self.model).compile(self.model, *args, **kwargs)
 
     # ---- saving ----
 

@@ -11,7 +11,7 @@ from absl import logging
 
 from tfdist import patches
 from tfdist.cluster.link import supervisor
-from tfdist.errors import DataError
+from tfdist.errors import DataError, UserError
 from tfdist.fit.input import Input
 from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
@@ -45,6 +45,13 @@ class Steps:
     def _bind(self) -> None:
         of_optimizers = [variable for optimizer in optimizers_of(self.model) for variable in optimizer.variables]
         variables = _each_once([*self.model.variables, *self.metrics, *of_optimizers])
+        created_here = self.tf_strategy.extended.variable_created_in_scope
+        strange = [variable.path for variable in variables if not created_here(variable.value)]
+        if strange:
+            raise UserError(
+                "fit: expected a model, an optimizer and metrics made under the strategy's scope, found "
+                f"{strange[0]} and {len(strange) - 1} more made outside"
+            )
         replicas = range(self.strategy.local_replicas())
         self.components = [patches.ComponentVariables(self.tf_strategy, variables, local) for local in replicas]
 
@@ -346,7 +353,7 @@ def _spec(leaf):
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """That of `compile`, and what a model with a `train_step` of its own keeps besides."""
-    kept = [model.optimizer]
+    kept = [getattr(model, "optimizer", None)]  # none before `compile`
     for value in vars(model).values():
         kept += value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
     found = [one for one in kept if isinstance(one, keras.optimizers.Optimizer)]
