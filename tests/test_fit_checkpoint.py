@@ -17,6 +17,7 @@ import tfdist
 from tfdist.checkpoint import store
 from tfdist.errors import CheckpointError, UserError
 
+slow = pytest.mark.slow
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(23, 5)).astype("float32"), RNG.normal(size=(23, 1)).astype("float32")
 
@@ -74,7 +75,9 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "shuffled", "unknown_length", "infinite"])
+@pytest.mark.parametrize(
+    "kind", ["numpy", *(pytest.param(k, marks=slow) for k in ("shuffled", "unknown_length", "infinite"))]
+)
 def test_interrupted_anywhere_it_ends_like_one_that_was_not(kind, tmp_path):
     whole = trained(kind)
     for batch in (3, 8):  # each in what the one before has left
@@ -87,6 +90,7 @@ def test_interrupted_anywhere_it_ends_like_one_that_was_not(kind, tmp_path):
     assert store.steps(tmp_path) == steps
 
 
+@slow
 def test_after_each_epoch_and_with_several_steps_per_execution(tmp_path):
     whole = trained("shuffled", steps_per_execution=2)
     with pytest.raises(Interrupted):
@@ -133,6 +137,7 @@ def result(path):
         return dict(arrays)
 
 
+@slow
 def test_sigterm_saves_and_exits_with_143(tmp_path):
     whole = run([JOB, str(tmp_path / "whole.npz")])
     assert whole.returncode == 0, whole.stderr
@@ -149,7 +154,7 @@ def test_sigterm_saves_and_exits_with_143(tmp_path):
     assert all((one[key] == other[key]).all() for key in one) and list(one) == list(other)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.timeout(900)
 def test_killed_while_it_saves_nothing_is_lost(tmp_path, request):
     """A save after each batch; every kill at a random time. `--kills=40` is what docs/keras.md says."""
@@ -169,7 +174,7 @@ def test_killed_while_it_saves_nothing_is_lost(tmp_path, request):
     assert lost == 0
 
 
-@pytest.mark.slow
+@slow
 def test_a_cluster_is_stopped_and_goes_on(tmp_path):
     """SIGTERM reaches one worker; both stop after the same batch, and go on from it, with another number of workers too."""
 
