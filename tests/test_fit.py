@@ -1,6 +1,5 @@
 """Keras `fit` under a tfdist scope has the numbers of stock Keras on one device: history, predictions, every variable."""
 
-import importlib.metadata
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,9 +31,10 @@ QUICK = (
 TWO_WORKERS = (QUICK[0], QUICK[3], QUICK[6])
 ALL_CHECKS_INSIDE = ("stock_dropout_differs_between_replicas",)
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5}
-FLOAT32_INSIDE = ("keras_hub_gpt2_and_llama",)  # its normalisation and rotary positions, whatever the policy
-if importlib.metadata.version("tensorflow").startswith("2.19"):
-    FLOAT32_INSIDE += ("keras_applications_convnet",)  # the gradient of its depthwise convolutions
+ROUNDED = (
+    "keras_hub_gpt2_and_llama",  # its normalisation and rotary positions are float32, whatever the policy
+    "keras_applications_convnet",  # untrained, its last activations are 1e-11: 1e-16 in the input are 1e-9 in the end
+)
 
 
 def cells_of(strategy: str) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def assert_equal_to_stock_keras(
     keys = [key for key in expected if key.startswith(f"{cell}|")]
     assert cell in ALL_CHECKS_INSIDE or len(keys) > 3
     assert keys == [key for key in found if key.startswith(f"{cell}|")]
-    tolerance = TOLERANCES["float32" if cell in FLOAT32_INSIDE else dtype]
+    tolerance = TOLERANCES["float32" if cell in ROUNDED else dtype]
     for key in keys:
         one, copies = expected[key], found[key]
         one = one[:1] if "|var/" in key else one
