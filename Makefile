@@ -16,7 +16,8 @@ test-all: $(INSTALLED)  ## what `make test` leaves out: the whole matrix of stra
 	$(BIN)/python -m pytest -q --slow -m slow
 
 test-versions: $(OLDEST)/.installed  ## fit and what it replaces in Keras, at the other end of the supported versions
-	$(OLDEST)/bin/python -m pytest -q --slow tests/test_upstream.py tests/test_fit.py -k "upstream or every_cell and mirrored:2-float64"
+	$(OLDEST)/bin/python -m pytest -q --slow tests/test_upstream.py tests/test_fit.py tests/test_fit_checkpoint.py \
+		-k "upstream or every_cell and mirrored:2-float64 or interrupted"
 
 bench: $(INSTALLED)  ## the table of docs/benchmarks.md
 	$(BIN)/python benchmarks/step.py

@@ -87,6 +87,7 @@ def test_two_workers_log_the_losses_of_one_process(undisturbed, train, tmp_path)
     assert "MultiWorkerMirrored(num_replicas=2, num_workers=2)" in done.stdout
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_again_and_again(undisturbed, train, tmp_path, request):
     """`kill -9` of a worker and of the chief in turn, at random steps: the same loss for each step, bit by bit."""
     kills = request.config.getoption("--kills") or (6 if request.config.getoption("--slow") else 2)

@@ -123,8 +123,9 @@ def test_nothing_stays_replaced():
 
     def names():
         base = keras.optimizers.Optimizer.__mro__
-        owners = [keras.losses.Loss, keras.metrics.Mean, keras.Variable, keras.Model, *base, *keras.Model.__mro__]
-        module = sys.modules[keras.losses.Loss.__module__.replace("keras.losses", "keras.src.losses.loss")]
+        owners = [keras.losses.Loss, keras.metrics.Mean, keras.Variable, keras.layers.BatchNormalization]
+        owners += [*base, *keras.Model.__mro__, keras.optimizers.LossScaleOptimizer]
+        module = sys.modules[keras.losses.Loss.__module__]
         return {
             (owner, name): value for owner in [*owners, module] for name, value in vars(owner).items() if callable(value)
         }
@@ -142,6 +143,19 @@ def test_nothing_stays_replaced():
     model.fit(np.ones((2, 2)), np.ones((2, 1)), verbose=0)
     with pytest.raises(Exception, match="incompatible|expected"):
         model.fit(np.ones((2, 3)), np.ones((2, 1)), verbose=0)
+    assert not same(before)
+    x, y = np.ones((2, 2)), np.ones((2, 1))
+    inside = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: model.evaluate(x, y, verbose=0))
+    with tfdist.OneDevice().scope():
+        others = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+        for other in others:
+            other.compile("sgd", "mse")
+    with ThreadPoolExecutor(2) as pool:  # two at once, of different lengths, one of them with a third inside
+        calls = [
+            pool.submit(other.fit, x, y, epochs=epochs, verbose=0, callbacks=callbacks)
+            for other, epochs, callbacks in zip(others, (2, 9), ([inside], None), strict=True)
+        ]
+        assert [len(call.result().epoch) for call in calls] == [2, 9]
     assert not same(before)
     assert "fit" in vars(model) and "make_train_function" not in vars(model)
     stock = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

@@ -43,6 +43,10 @@ def data(kind):
     dataset = tf.data.Dataset.from_tensor_slices((X, Y))
     if kind == "shuffled":
         return (dataset.shuffle(23, seed=1).batch(5),), {}
+    if kind == "swapped":
+        return (dataset.batch(5),), {}
+    if kind == "later_epochs":
+        return (dataset.shuffle(23, seed=1).batch(5),), {"initial_epoch": 1}
     if kind == "unknown_length":
         return (dataset.shuffle(23, seed=1).batch(5).filter(lambda *_: True),), {}
     return (dataset.shuffle(23, seed=1).repeat().batch(5),), {"steps_per_epoch": 4}
@@ -62,11 +66,14 @@ def trained(kind, folder=None, interrupt_at=0, every_steps=2, **compiled):
         keras.callbacks.EarlyStopping("loss", patience=3, restore_best_weights=True),
         keras.callbacks.ReduceLROnPlateau("loss", patience=1, factor=0.5),
     ]
+    callbacks += [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)] if kind == "swapped" else []
     callbacks += [tfdist.fit.Checkpoint(folder, every_steps)] if folder else []
     callbacks += [InterruptAt(interrupt_at)] if interrupt_at else []
     arrays, options = data(kind)
-    history = model.fit(*arrays, epochs=6, verbose=0, callbacks=callbacks, **options).history
-    return [w.numpy() for w in [*model.weights, *optimizer.variables]], history
+    history = model.fit(*arrays, epochs=6, verbose=0, callbacks=callbacks, **options)
+    first = options.get("initial_epoch", 0)
+    assert history.epoch == list(range(first, first + len(history.history["loss"])))
+    return [w.numpy() for w in [*model.weights, *optimizer.variables]], history.history
 
 
 def assert_same(one, other):
@@ -75,9 +82,10 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "kind", ["numpy", *(pytest.param(k, marks=slow) for k in ("shuffled", "unknown_length", "infinite"))]
-)
+SLOW_KINDS = ("shuffled", "unknown_length", "infinite", "swapped", "later_epochs")
+
+
+@pytest.mark.parametrize("kind", ["numpy", *(pytest.param(kind, marks=slow) for kind in SLOW_KINDS)])
 def test_interrupted_anywhere_it_ends_like_one_that_was_not(kind, tmp_path):
     whole = trained(kind)
     for batch in (3, 8):  # each in what the one before has left

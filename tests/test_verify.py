@@ -22,7 +22,6 @@ BUGS = {  # planted bug -> (the first tensor that differs, a word of the likely 
     "stale_ema": ("moving_average", "moving average"),
     "shifted_data": ("loss", "data: the batch of step 1"),
 }
-QUICK = ("shifted_data",)
 
 
 def run_verify(strategy="mirrored:2", model=planted.build, loss=planted.loss, **options):
@@ -32,7 +31,8 @@ def run_verify(strategy="mirrored:2", model=planted.build, loss=planted.loss, **
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", [*QUICK, *(pytest.param(b, marks=pytest.mark.slow) for b in BUGS if b not in QUICK)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found_and_named(bug, monkeypatch):
     monkeypatch.setenv("PLANT", bug)
     report = run_verify()

@@ -547,9 +547,47 @@ def activity_of_replicas(layers: list[keras.Layer], scaled: Callable):
     What: `Layer.activity_regularizer`. Why: where it is a sum over rows (see `Quirks`), not a mean like other losses, it
     cannot be weighted by shares as they are. Versions: Keras 3.10-3.15.
     """
+
+    def scaling(stock):
+        def regularizer(output):
+            return scaled(stock(output))
+
+        regularizer.of_replicas = True
+        return regularizer
+
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stock = getattr(layer, "activity_regularizer", None)
-            if stock is not None:
-                stack.enter_context(_replaced(layer, activity_regularizer=lambda output, stock=stock: scaled(stock(output))))
+            if stock is not None and not hasattr(stock, "of_replicas"):  # else of a model around this one
+                stack.enter_context(_replaced(layer, activity_regularizer=scaling(stock)))
         yield
+
+
+@contextlib.contextmanager
+def batch_norm_put_back():
+    """After it, `BatchNormalization._moments` is Keras' own again, if it was before."""
+    layer = keras.layers.BatchNormalization
+    was_stock = not hasattr(layer._moments, "without_tfdist")
+    try:
+        yield
+    finally:
+        if was_stock and hasattr(layer._moments, "without_tfdist"):
+            layer._moments = layer._moments.without_tfdist
+
+
+def counters(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """What a callback of Keras, or one derived from it, has counted, and goes on from.
+
+    What: attributes of EarlyStopping, ReduceLROnPlateau, ModelCheckpoint and SwapEMAWeights, some of them private.
+    Why: Keras saves none of them. Versions: Keras 3.10-3.15.
+    """
+    kinds = {
+        "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch", "best_weights"),
+        "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
+        "ModelCheckpoint": ("best", "epochs_since_last_save", "_batches_seen_since_last_saving", "_last_batch_seen"),
+        "SwapEMAWeights": ("_ema_weights_in_model",),
+    }
+    for kind, names in kinds.items():
+        if isinstance(callback, getattr(keras.callbacks, kind)):
+            return {name: vars(callback)[name] for name in names if name in vars(callback)}
+    return {}

@@ -5,9 +5,10 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -29,13 +30,62 @@ SAVES = ("save", "save_weights", "export")
 @contextlib.contextmanager
 def models_made_here(strategy: base.Strategy):
     """Inside, each Keras model that is made gets an `Adapter`."""
-    with patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, METHODS):
+    with patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, ("fit", "train_on_batch")):
         yield
 
 
 def _refuse_others(model: keras.Model, name: str) -> None:
     if name not in vars(model):
         raise UserError(f"{name}: expected a model made under the strategy's scope, found one made outside: {model.name}")
+
+
+class InForce:
+    """What is replaced in Keras itself while any model's method runs, in any thread, however deep: once."""
+
+    def __init__(self):
+        self.lock, self.depth, self.stack = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self):
+        with self.lock:
+            if not self.depth:
+                for part in (
+                    patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
+                    patches.means_of_replicas(replica.weight_of_mean),
+                    patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
+                    patches.writes_noted(replica.note_written),
+                    patches.batch_norm_put_back(),
+                ):
+                    self.stack.enter_context(part)
+            self.depth += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.depth -= 1
+            if not self.depth:
+                self.stack.close()
+
+
+_IN_FORCE = InForce()
+
+
+class Call(NamedTuple):
+    """The arguments of a method, by name, also where a model's own takes some as `**kwargs`."""
+
+    name: str
+    bound: inspect.BoundArguments
+
+    def get(self, argument: str) -> Any:
+        return self._place(argument).get(argument)
+
+    def set(self, argument: str, value: Any) -> None:
+        self._place(argument)[argument] = value
+
+    def _place(self, argument: str) -> dict[str, Any]:
+        parameters = self.bound.signature.parameters
+        rest = [name for name, one in parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD]
+        if argument in parameters:
+            return self.bound.arguments
+        return self.bound.arguments.setdefault(rest[0], {}) if rest and self.name in ("fit", "evaluate", "predict") else {}
 
 
 class Adapter:
@@ -57,53 +107,52 @@ class Adapter:
             if self.runs:  # `fit` calls `evaluate`
                 return stock(self.model, *args, **kwargs)
             patches.check_versions(name)
-            call = inspect.signature(stock).bind(self.model, *args, **kwargs)
+            call = Call(name, inspect.signature(stock).bind(self.model, *args, **kwargs))
             self.runs = True
             try:
-                with contextlib.ExitStack() as stack:
-                    for part in [*self._parts(), self._prepared(name, call.arguments)]:
-                        stack.enter_context(part)
-                    return stock(*call.args, **call.kwargs)
+                with _IN_FORCE, self._parts(), self._prepared(call):
+                    return stock(*call.bound.args, **call.bound.kwargs)
             finally:
                 self.runs = False
+                patches.start_at_epoch(self.model, 0)
                 supervisor().phase("build")  # what a program does between its calls has no limit
 
         return method
 
-    def _parts(self) -> list:
+    @contextlib.contextmanager
+    def _parts(self) -> Iterator[None]:
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
-        return [
+        layers = patches.all_layers(self.model)
+        with (
             patches.fit_parts(self.model, self.input, self._build, **make),
-            patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
-            patches.means_of_replicas(replica.weight_of_mean),
-            patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
-            patches.writes_noted(replica.note_written),
-            patches.activity_of_replicas(patches.all_layers(self.model), replica.activity_loss),
-        ]
+            patches.activity_of_replicas(layers, replica.activity_loss),
+        ):
+            yield
 
     # ---- the arguments of a call ----
 
     @contextlib.contextmanager
-    def _prepared(self, name: str, arguments: dict[str, Any]) -> Iterator[None]:
+    def _prepared(self, call: "Call") -> Iterator[None]:
         for data in ("x", "validation_data"):
-            self._check_data(name, arguments.get(data))
+            self._check_data(call.name, call.get(data))
+        self.input.batch = call.get("x")  # of predict_on_batch
         if not self.strategy.is_chief:
-            if "verbose" in inspect.signature(getattr(type(self.model), name)).parameters:
-                arguments["verbose"] = 0
+            call.set("verbose", 0)
             nothing = lambda *args, **kwargs: None  # noqa: E731
             silent = patches.methods_inside(self.model, **dict.fromkeys(SAVES, nothing))
         else:
             silent = contextlib.nullcontext()
         with silent:
-            if name != "fit" or isinstance(arguments.get("callbacks"), keras.callbacks.CallbackList):
+            given = call.get("callbacks")
+            if call.name != "fit" or isinstance(given, keras.callbacks.CallbackList):
                 yield
                 return
-            given = tf.nest.flatten(arguments.get("callbacks") or [])
+            given = tf.nest.flatten(given or [])
             checkpoints = [one for one in given if isinstance(one, Checkpoint)]
             if len(checkpoints) > 1:
                 raise UserError(f"fit: expected one tfdist.fit.Checkpoint, found {len(checkpoints)}")
             others = [one for one in given if one not in checkpoints]
-            arguments["callbacks"] = callbacks.of_this_worker(self.strategy, [*others, *checkpoints])
+            call.set("callbacks", callbacks.of_this_worker(self.strategy, others, checkpoints))
             if not checkpoints:
                 yield
                 return
@@ -111,7 +160,10 @@ class Adapter:
             stop = StopRequest(self.strategy.request_stop)
             try:
                 with stop.installed(), patches.results_of_an_epoch(self.model):
-                    self.checkpoint.begin(self.strategy, others, self._stop_requested)
+                    if "train" in self.steps:
+                        self.steps["train"].stop = False
+                    initial_epoch = call.get("initial_epoch") or 0
+                    self.checkpoint.begin(self.strategy, others, self._stop_requested, stop, initial_epoch)
                     yield
             finally:
                 self.checkpoint = None
@@ -160,7 +212,7 @@ class Adapter:
         if function is None or force:
             if not self.model.built:
                 with self.strategy.scope():
-                    self.model(keras.utils.unpack_x_y_sample_weight(self.input.symbolic())[0])
+                    self.model(self.input.symbolic_x())
             self.steps[name] = Steps(self.strategy, self.model, self.input)
             function = getattr(self.steps[name], f"{name}_function")()
             setattr(self.model, f"{name}_function", function)
@@ -179,7 +231,8 @@ class Adapter:
         @functools.wraps(stock)
         def method(filepath, *args, **kwargs):
             path = Path(os.fspath(filepath))
-            if "://" in str(filepath) or path.is_dir() or not path.parent.is_dir() or kwargs.get("max_shard_size"):
+            plain = path.name.endswith((".keras", ".h5")) and path.parent.is_dir() and not path.is_dir()
+            if "://" in str(filepath) or not plain or kwargs.get("max_shard_size") or kwargs.get("zipped") is False:
                 return stock(self.model, filepath, *args, **kwargs)
             suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".weights.h5") else path.suffix
             aside = path.with_name(f".{path.name}.{self.strategy.first_replica}.{os.getpid()}.tmp{suffix}")

@@ -7,6 +7,7 @@ import keras
 from absl import logging
 
 from tfdist import patches
+from tfdist.errors import UserError
 from tfdist.strategies.base import Strategy
 from tfdist.train import state
 
@@ -18,16 +19,28 @@ _WRITERS = tuple(
 )
 
 
-def of_this_worker(strategy: Strategy, callbacks: Sequence[keras.callbacks.Callback]) -> list[keras.callbacks.Callback]:
-    """The callbacks of one worker, in order; on several workers with `Agree` at the end."""
+def of_this_worker(
+    strategy: Strategy, callbacks: Sequence[keras.callbacks.Callback], checkpoints: Sequence[keras.callbacks.Callback]
+) -> list[keras.callbacks.Callback]:  # fmt: skip
+    """The callbacks of one worker, in order, with `Agree` before the `checkpoints` where workers are several: all call it."""
     restores = any(isinstance(one, keras.callbacks.BackupAndRestore) for one in callbacks)
     if restores and strategy.is_chief:
         logging.warning(
             "BackupAndRestore: a process that is killed while it saves can leave nothing to restore; "
             "tfdist.fit.Checkpoint cannot, and continues at the exact batch"
         )
-    kept = [one for one in callbacks if strategy.is_chief or not isinstance(one, _WRITERS)]
-    return [*kept, Agree(strategy, kept, restores)] if strategy.num_workers > 1 else kept
+    # those of Keras itself: what derives from them may compute, on all workers, and finds `save` silent
+    kept = [one for one in callbacks if strategy.is_chief or type(one) not in _WRITERS]
+    if strategy.num_workers == 1:
+        return [*kept, *checkpoints]
+    own = [one for one in kept if type(one).__module__.partition(".")[0] not in ("keras", "tfdist")]
+    own += [one for one in kept if isinstance(one, keras.callbacks.LambdaCallback)]
+    mine = {"restores": restores, "batches": any(map(_decides_after_batches, own)), "checkpoints": len(checkpoints)}
+    all_of_them = [json.loads(text) for text in strategy.exchange(json.dumps(mine).encode())]
+    if len({one["checkpoints"] for one in all_of_them}) > 1:
+        raise UserError("fit: expected tfdist.fit.Checkpoint among the callbacks of every worker, found it on some only")
+    restores, after_each_batch = (any(one[name] for one in all_of_them) for name in ("restores", "batches"))
+    return [*kept, Agree(strategy, restores, after_each_batch), *checkpoints]
 
 
 class Agree(keras.callbacks.Callback):
@@ -37,12 +50,9 @@ class Agree(keras.callbacks.Callback):
     after each batch, which costs a message; what any decides at an epoch's beginning or end, there.
     """
 
-    def __init__(self, strategy: Strategy, others: Sequence[keras.callbacks.Callback], restores: bool):
+    def __init__(self, strategy: Strategy, restores: bool, after_each_batch: bool):
         super().__init__()
-        self.strategy, self.restores = strategy, restores
-        own = [one for one in others if type(one).__module__.partition(".")[0] not in ("keras", "tfdist")]
-        own += [one for one in others if isinstance(one, keras.callbacks.LambdaCallback)]
-        self.after_each_batch = any(_decides_after_batches(one) for one in own)
+        self.strategy, self.restores, self.after_each_batch = strategy, restores, after_each_batch
 
     def on_train_begin(self, logs=None):
         if self.restores:  # the chief alone has read a backup

@@ -17,12 +17,8 @@ from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.fit.functions import optimizers_of
 from tfdist.strategies.base import Strategy
 from tfdist.train import state
+from tfdist.train.signals import StopRequest
 
-# what Keras' callbacks count, and go on from
-_COUNTERS = (
-    "best", "best_epoch", "best_weights", "cooldown_counter", "stopped_epoch", "wait",
-    "epochs_since_last_save", "_batches_seen_since_last_saving", "_last_batch_seen",
-)  # fmt: skip
 _VALUES = ("model/", "seeds/", "optimizer/")
 
 
@@ -54,10 +50,15 @@ class Checkpoint(keras.callbacks.Callback):
 
     # ---- called by the adapter ----
 
-    def begin(self, strategy: Strategy, others: list[keras.callbacks.Callback], stop_requested: Callable[[], bool]) -> None:
-        """A `fit` begins; its model may not be built yet."""
-        self.strategy, self.others, self.stop_requested = strategy, others, stop_requested
-        self.step = self.epoch = self.batch = 0  # batches done, epoch that is on, batches done in it
+    def begin(
+        self, strategy: Strategy, others: list[keras.callbacks.Callback], stop_requested: Callable[[], bool],
+        stop: StopRequest, initial_epoch: int,
+    ) -> None:  # fmt: skip
+        """A `fit` begins; its model may not be built yet. `stop_requested`: whether any worker was, by the last step;
+        `stop`: whether this process was, by now."""
+        self.strategy, self.others, self.stop_requested, self.stop = strategy, others, stop_requested, stop
+        self.initial_epoch = initial_epoch
+        self.step, self.epoch, self.batch = 0, initial_epoch, 0  # batches done, epoch that is on, batches done in it
         self.saved_step, self.due, self.begun, self.found = -1, False, False, None
         self.counters, self.history, self.metrics, self.best_weights = [], None, [], []
 
@@ -82,8 +83,15 @@ class Checkpoint(keras.callbacks.Callback):
         self.saved_step = self.step = facts["step"]
         self.epoch, self.batch = facts["epoch"], facts["batch"]
         self.history, self.counters = facts["history"], facts["callbacks"]
+        if (facts["initial_epoch"], facts["steps_per_execution"]) != (self.initial_epoch, model.steps_per_execution):
+            raise CheckpointError(
+                f"checkpoint: {self.folder} is of a fit with initial_epoch={facts['initial_epoch']} and "
+                f"steps_per_execution={facts['steps_per_execution']}, found {self.initial_epoch} and "
+                f"{model.steps_per_execution}; give the same, or another folder"
+            )
         patches.start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
-        patches.on_epoch_iterator(epoch_iterator, self._from_here(epoch_iterator, self.epoch, self.batch))
+        epochs = self.epoch - self.initial_epoch
+        patches.on_epoch_iterator(epoch_iterator, self._from_here(epoch_iterator, epochs, self.batch))
         if self.strategy.is_chief:
             logging.info("fit: goes on at epoch %d, batch %d, from %s", self.epoch + 1, self.batch, self.folder)
 
@@ -144,16 +152,23 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.strategy is None:
             raise UserError("tfdist.fit.Checkpoint: expected a model made under a tfdist scope, found another")
-        best_weights = iter(self.best_weights)
-        for callback, counters in zip(self._counting(), self.counters, strict=False):
+        best_weights, left = iter(self.best_weights), [one for one in self.others if patches.counters(one)]
+        for kind, counters in self.counters:
+            counting = next((one for one in left if type(one).__name__ == kind), None)
+            if counting is None:
+                logging.warning("fit: %s has a %s, which is not among the callbacks any more", self.folder, kind)
+            else:
+                left.remove(counting)
             for name, value in counters.items():
-                number = value.get("weights") if isinstance(value, dict) else None
-                setattr(callback, name, value if number is None else [next(best_weights) for _ in range(number)])
-        if self.history is not None:
-            self.model.history.epoch, self.model.history.history = list(range(self.epoch)), self.history
+                if isinstance(value, dict):
+                    value = [next(best_weights) for _ in range(value["weights"])]
+                if counting is not None:
+                    setattr(counting, name, value)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
+        if self.history is not None:  # Keras has emptied its own by now
+            self.model.history.epoch, self.model.history.history = list(range(self.initial_epoch, epoch)), self.history
+        self.epoch, self.history = epoch, None
         metrics, self.metrics = self.metrics, []
         if metrics:  # in the middle of an epoch
             for variable, value in zip(self.model.metrics_variables, metrics, strict=True):
@@ -175,8 +190,12 @@ class Checkpoint(keras.callbacks.Callback):
         self._save_if_due(logs)
 
     def on_train_end(self, logs=None):
-        patches.start_at_epoch(self.model, 0)
+        if self.history is not None:  # it had ended before
+            self.model.history.epoch = list(range(self.initial_epoch, self.epoch))
+            self.model.history.history = self.history
         self._save(last=True)
+        if b"1" in self.strategy.exchange(b"1" if self.stop.requested else b"0"):  # after the last step
+            raise Stopped
 
     # ---- saving ----
 
@@ -190,9 +209,6 @@ class Checkpoint(keras.callbacks.Callback):
         if due:
             self._save(logs=logs)
 
-    def _counting(self) -> list[keras.callbacks.Callback]:
-        return [one for one in self.others if any(name in vars(one) for name in _COUNTERS)]
-
     def _save(self, last: bool = False, logs: dict | None = None) -> None:
         if self.step == self.saved_step:
             return
@@ -202,19 +218,21 @@ class Checkpoint(keras.callbacks.Callback):
             return
         arrays = {key: np.asarray(variable.numpy()) for key, variable in values_of(self.model).items()}
         arrays |= {f"metrics/{i:03}": value for i, value in enumerate(metrics)}
-        counters = []
-        for callback in self._counting():
-            found = {name: vars(callback)[name] for name in _COUNTERS if name in vars(callback)}
+        counters, places = [], 0
+        for callback in self.others:
+            found = patches.counters(callback)
             weights = found.get("best_weights")
             if weights is not None:
-                start = sum(key.startswith("best_weights/") for key in arrays)
-                arrays |= {f"best_weights/{start + i:05}": np.asarray(value) for i, value in enumerate(weights)}
+                arrays |= {f"best_weights/{i:05}": np.asarray(value) for i, value in enumerate(weights, places)}
+                places += len(weights)
                 found["best_weights"] = {"weights": len(weights)}
-            counters.append({name: _plain(value) for name, value in found.items()})
+            if found:
+                counters.append((type(callback).__name__, {name: _plain(value) for name, value in found.items()}))
         history = {name: [_plain(value) for value in values] for name, values in self.model.history.history.items()}
         for name, value in (logs or {}).items():
             history[name] = [*history.get(name, []), _plain(value)]
         fit = {"step": self.step, "epoch": self.epoch, "batch": self.batch, "stopped": self.model.stop_training}
+        fit |= {"initial_epoch": self.initial_epoch, "steps_per_execution": self.model.steps_per_execution}
         fit |= {"history": history, "callbacks": counters}
         try:
             path = store.save(self.folder, self.step, arrays, {"fit": fit})

@@ -35,6 +35,7 @@ class Steps:
         self.seed = tf.compat.v1.get_seed(0)[0] or 0  # that of tf.random.set_seed, for tfdist's own dropout
         self.tf_strategy = strategy.tf_strategy
         self.quirks = patches.quirks()
+        self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
         self.metrics = _each_once(model.metrics_variables)
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
         self._bind()
@@ -179,14 +180,6 @@ class Steps:
             self.jit_compile = False
             return function(argument)
 
-    @property
-    def jit_compile(self) -> bool:
-        return bool(self.model.jit_compile) and not self.model.run_eagerly and not getattr(self, "_communicates", False)
-
-    @jit_compile.setter
-    def jit_compile(self, value: bool):
-        self._communicates = not value
-
     def _run(self, on_replica: Callable, batch):
         return self.tf_strategy.run(on_replica, args=(self.input.lay_out(batch),))
 
@@ -313,6 +306,8 @@ class Steps:
             return logs
         if not isinstance(logs, dict):
             logs = {"": logs}
+        for name in [name for name, value in logs.items() if isinstance(value, dict)]:  # as Keras logs them
+            logs = {key: value for key, value in logs.items() if key != name} | logs[name]
         self.results = {name for metric in self.model.metrics if replica.has_written(metric) for name in _names(metric)}
         self.logged = list(logs)
         others = {name: value for name, value in logs.items() if name not in self.results}

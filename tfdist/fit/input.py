@@ -24,7 +24,7 @@ class Input:
     """Stands for the strategy where `fit` asks one to distribute a dataset."""
 
     def __init__(self, strategy: Strategy):
-        self.strategy, self.spec = strategy, None
+        self.strategy, self.spec, self.batch = strategy, None, None
 
     def __getattr__(self, name: str):
         return getattr(self.strategy.tf_strategy, name)
@@ -61,6 +61,12 @@ class Input:
 
     def _bound(self, total, replica: int):
         return total * replica // self.strategy.num_replicas
+
+    def symbolic_x(self) -> Any:
+        """Of the inputs of the model alone."""
+        if self.spec is None:
+            return self.symbolic(tf.nest.map_structure(tf.convert_to_tensor, self.batch))
+        return keras.utils.unpack_x_y_sample_weight(self.symbolic())[0]
 
     def symbolic(self, batch: Any = None) -> Any:
         """Of a batch, or of what the dataset yields: shapes and types, from which a model can be built."""

@@ -109,8 +109,9 @@ class Replica:
     def gather_rows(self, values: tf.Tensor) -> tf.Tensor:
         """Of all replicas, in order: [rows, ...] of each -> [total, ...]."""
         mine = values[: self.rows]
+        sent = tf.cast(mine, tf.int32) if mine.dtype == tf.bool else mine  # collectives know no bool
         with self.components.suspended(self.model):
-            return tf.distribute.get_replica_context().all_gather(mine, axis=0)
+            return tf.cast(tf.distribute.get_replica_context().all_gather(sent, axis=0), mine.dtype)
 
     def _gather(self, slices: list[tf.IndexedSlices]) -> list[tf.IndexedSlices]:
         """All rows that any replica touches: what one device has, in another order."""

@@ -14,7 +14,7 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, wants_legacy_keras
 from tfdist.cluster.spec import Cluster
-from tfdist.errors import PeerLost, UserError
+from tfdist.errors import DataError, PeerLost, UserError
 from tfdist.strategies import base, devices, input_checks, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
@@ -75,6 +75,13 @@ class Synchronous:
             if self.num_workers == 1:
                 raise
             raise PeerLost(f"another worker is lost ({type(error).__name__} in a collective)") from error
+        except tf.errors.InvalidArgumentError as error:
+            if "Shape mismatch in the collective" not in str(error):
+                raise
+            raise DataError(
+                "expected all workers to be at the same place, found one at another: give every worker datasets with the "
+                "same number of batches, and let all of them make the same calls"
+            ) from error
 
     def local_replicas(self) -> int:
         return len(self.tf_strategy.extended.worker_devices)
