@@ -22,7 +22,7 @@ _WRITERS = tuple(
 def of_this_worker(
     strategy: Strategy, callbacks: Sequence[keras.callbacks.Callback], checkpoints: Sequence[keras.callbacks.Callback]
 ) -> list[keras.callbacks.Callback]:  # fmt: skip
-    """The callbacks of one worker, in order, with `Agree` before the `checkpoints` where workers are several: all call it."""
+    """The callbacks of one worker. On several workers, which all call it, `Agree` comes before the `checkpoints`."""
     restores = any(isinstance(one, keras.callbacks.BackupAndRestore) for one in callbacks)
     if restores and strategy.is_chief:
         logging.warning(
