@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import sys
 import time
+from unittest import mock
 
 import keras
 import numpy as np
@@ -227,6 +228,24 @@ def single_batches(bench):
 
 
 @cell
+def one_model_inside_of_the_fit_of_another(bench):
+    """A sum of losses: what is weighed twice is seen. And outputs that no collective can carry as they are."""
+    with bench.scope():
+        one, other = dense(bench), dense(bench)
+        for model in (one, other):
+            model.compile("sgd", keras.losses.MeanSquaredError(reduction="sum"))
+        signs = keras.Sequential([keras.Input((5,)), keras.layers.Lambda(lambda x: x > 0)])
+    x, y = bench.normal(7, 5), bench.normal(7, 1)
+    found = []
+    inside = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: found.append(other.evaluate(x, y, batch_size=3, verbose=0))
+    )
+    bench.fit(one, x, y, batch_size=3, callbacks=[inside])
+    bench.keep("found", found)
+    bench.keep("signs", signs.predict(x, batch_size=4, verbose=0))
+
+
+@cell
 def run_eagerly(bench):
     with bench.scope():
         model = dense(bench)
@@ -289,7 +308,7 @@ def a_train_step_of_its_own(bench):
             gradients = tape.gradient(loss, self.trainable_variables)
             self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
             self.tracker.update_state(loss)
-            return {"tracked": self.tracker.result(), "raw": loss}
+            return {"tracked": self.tracker.result(), "raw": loss, "more": {"twice": 2 * loss}}
 
     with bench.scope():
         model = Model(dense(bench))
@@ -438,7 +457,15 @@ def compiled_by_xla(bench):
         model = dense(bench, kernel_regularizer="l2")
         model.compile(keras.optimizers.Adam(0.01, global_clipnorm=0.1), "mse", metrics=["mae"], jit_compile=True)
     x, y = bench.normal(11, 5), bench.normal(11, 1)
-    bench.fit(model, x, y, batch_size=4, validation_data=(x, y))
+    function, compiled = tf.function, []
+
+    def noted(*args, **kwargs):
+        compiled.append(kwargs.get("jit_compile"))
+        return function(*args, **kwargs)
+
+    with mock.patch.object(tf, "function", noted):
+        bench.fit(model, x, y, batch_size=4, validation_data=(x, y))
+    assert any(compiled), "nothing was compiled"
     bench.keep("predict", model.predict(x, batch_size=4, verbose=0))
 
 

@@ -106,6 +106,27 @@ def test_after_each_epoch_and_with_several_steps_per_execution(tmp_path):
     assert_same(trained("shuffled", tmp_path, every_steps=0, steps_per_execution=2), whole)
 
 
+def test_a_fit_of_ones_own_that_passes_its_arguments_on(tmp_path):
+    """As models of KerasHub do."""
+
+    class Model(keras.Sequential):
+        def fit(self, x, **kwargs):
+            return super().fit(x, Y, **kwargs)
+
+    def fitted(folder, epochs):
+        keras.utils.set_random_seed(0)
+        with tfdist.OneDevice().scope():
+            model = Model([keras.Input((5,)), keras.layers.Dense(1)])
+            model.compile("sgd", "mse")
+        return model.fit(X, epochs=epochs, verbose=0, callbacks=[tfdist.fit.Checkpoint(folder)]).history
+
+    fitted(tmp_path / "a", 1)
+    assert fitted(tmp_path / "a", 3) == fitted(tmp_path / "b", 3)
+    trained("numpy", tmp_path / "c", every_steps=1)
+    with pytest.raises(CheckpointError, match="is of a fit with initial_epoch=0 and steps_per_execution=1, found 0 and 2"):
+        trained("numpy", tmp_path / "c", every_steps=1, steps_per_execution=2)
+
+
 def test_damaged_ones_are_skipped_and_other_models_refused(tmp_path, caplog):
     with pytest.raises(Interrupted):
         trained("numpy", tmp_path, interrupt_at=7)
