@@ -104,10 +104,12 @@ class Adapter:
         @functools.wraps(getattr(type(self.model), name))
         def method(*args, **kwargs):
             stock = getattr(type(self.model), name)
-            if self.runs:  # `fit` calls `evaluate`
-                return stock(self.model, *args, **kwargs)
-            patches.check_versions(name)
             call = Call(name, inspect.signature(stock).bind(self.model, *args, **kwargs))
+            if not self.strategy.is_chief:
+                call.set("verbose", 0)
+            if self.runs:  # `fit` calls `evaluate`
+                return stock(*call.bound.args, **call.bound.kwargs)
+            patches.check_versions(name)
             self.runs = True
             try:
                 with _IN_FORCE, self._parts(), self._prepared(call):
@@ -137,7 +139,6 @@ class Adapter:
             self._check_data(call.name, call.get(data))
         self.input.batch = call.get("x")  # of predict_on_batch
         if not self.strategy.is_chief:
-            call.set("verbose", 0)
             nothing = lambda *args, **kwargs: None  # noqa: E731
             silent = patches.methods_inside(self.model, **dict.fromkeys(SAVES, nothing))
         else:
