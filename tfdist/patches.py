@@ -535,7 +535,7 @@ def quirks() -> Quirks:
     from keras.src.losses import loss as module
 
     one_place = float(module.apply_mask(None, tf.ones([1], tf.float64), dtype="float64", reduction="mean")[0])
-    layer = keras.layers.Activation("linear", activity_regularizer=keras.ops.sum)
+    layer = keras.layers.Activation("linear", activity_regularizer=keras.ops.sum, name="probe")
     layer(tf.ones([2, 1]))
     return Quirks(keras.backend.epsilon() if one_place < 1 else 0.0, float(layer.losses[0]) == 1.0)
 
