@@ -213,7 +213,7 @@ class Steps:
     def _train_in_two(self, replica: Replica, batch):
         """XLA before and after the reduction of the gradients, which it cannot hold."""
         if not patches.is_stock(self.model, "train_step"):
-            logging.info("fit: a train_step of one's own runs without XLA on several replicas")
+            logging.log_first_n(logging.INFO, "fit: a train_step of one's own runs without XLA on several replicas", 1)
             return self.model.train_step(batch)
         updates = replica.deferred = []
 
