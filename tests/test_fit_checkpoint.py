@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -140,11 +141,30 @@ def test_damaged_ones_are_skipped_and_other_models_refused(tmp_path, caplog):
         model.fit(X, Y, verbose=0, callbacks=[tfdist.fit.Checkpoint(tmp_path)])
 
 
-def test_a_full_disk_is_a_warning_and_at_the_end_an_error(tmp_path, caplog):
+def test_what_cannot_be_written_is_said_first_a_warning_on_the_way_and_an_error_at_the_end(tmp_path, caplog, monkeypatch):
     (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match="cannot write to"):
+        trained("numpy", tmp_path / "file" / "folder", interrupt_at=1)  # before the first batch, or this would interrupt
+
+    class Replace(InterruptAt):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 0 and (tmp_path / "folder").is_dir():
+                (tmp_path / "folder").rmdir()
+                (tmp_path / "folder").write_text("no folder any more")
+
+    monkeypatch.setattr(sys.modules[__name__], "InterruptAt", Replace)
     with pytest.raises(CheckpointError, match="cannot write"):
-        trained("numpy", tmp_path / "file" / "folder")
+        trained("numpy", tmp_path / "folder", interrupt_at=1)
     assert "training goes on" in caplog.text
+
+
+def test_what_it_says(tmp_path, capsys):
+    with pytest.raises(Interrupted):
+        trained("numpy", tmp_path, interrupt_at=8)
+    trained("numpy", tmp_path)
+    trained("numpy", tmp_path)
+    said = capsys.readouterr().err
+    assert "goes on after step 6: epoch 2, 1 batches of it are done" in said and "complete already, after step" in said
 
 
 def test_outside_of_a_scope_it_is_refused(tmp_path):

@@ -75,6 +75,16 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
         raise CheckpointError(f"checkpoint: cannot write {final}: {error.strerror or error}") from error
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder. Raises `CheckpointError` where nothing can be written: before there is anything to lose."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: cannot write to {folder}: {error.strerror or error}") from error
+
+
 def latest(folder: Path) -> Checkpoint | None:
     """The newest directory that verifies; damaged ones are skipped with a warning. None if there are no checkpoints.
 

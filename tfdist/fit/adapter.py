@@ -163,8 +163,8 @@ class Adapter:
                 with stop.installed(), patches.results_of_an_epoch(self.model):
                     if "train" in self.steps:
                         self.steps["train"].stop = False
-                    initial_epoch = call.get("initial_epoch") or 0
-                    self.checkpoint.begin(self.strategy, others, self._stop_requested, stop, initial_epoch)
+                    epochs = call.get("initial_epoch") or 0, call.get("epochs") or 1
+                    self.checkpoint.begin(self.strategy, others, self._stop_requested, stop, *epochs)
                     yield
             finally:
                 self.checkpoint = None

@@ -52,12 +52,12 @@ class Checkpoint(keras.callbacks.Callback):
 
     def begin(
         self, strategy: Strategy, others: list[keras.callbacks.Callback], stop_requested: Callable[[], bool],
-        stop: StopRequest, initial_epoch: int,
+        stop: StopRequest, initial_epoch: int, epochs: int,
     ) -> None:  # fmt: skip
         """A `fit` begins; its model may not be built yet. `stop_requested`: whether any worker was, by the last step;
         `stop`: whether this process was, by now."""
         self.strategy, self.others, self.stop_requested, self.stop = strategy, others, stop_requested, stop
-        self.initial_epoch = initial_epoch
+        self.initial_epoch, self.epochs = initial_epoch, epochs
         self.step, self.epoch, self.batch = 0, initial_epoch, 0  # batches done, epoch that is on, batches done in it
         self.saved_step, self.due, self.begun, self.found = -1, False, False, None
         self.counters, self.history, self.metrics, self.best_weights = [], None, [], []
@@ -66,6 +66,7 @@ class Checkpoint(keras.callbacks.Callback):
         """The model is built: takes the latest checkpoint, if there is one. Every worker calls it."""
         self.begun, facts = True, {}
         if self.strategy.is_chief:
+            store.check_writable(self.folder)
             self.found = store.latest(self.folder)
             if self.found is not None:
                 facts = self.found.manifest.get("fit")
@@ -92,8 +93,14 @@ class Checkpoint(keras.callbacks.Callback):
         patches.start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
         epochs = self.epoch - self.initial_epoch
         patches.on_epoch_iterator(epoch_iterator, self._from_here(epoch_iterator, epochs, self.batch))
+        if facts["stopped"] or self.epoch >= self.epochs:
+            self._say(f"complete already, after step {self.step}; another folder starts anew, more epochs go on")
+        else:
+            self._say(f"goes on after step {self.step}: epoch {self.epoch + 1}, {self.batch} batches of it are done")
+
+    def _say(self, what: str) -> None:
         if self.strategy.is_chief:
-            logging.info("fit: goes on at epoch %d, batch %d, from %s", self.epoch + 1, self.batch, self.folder)
+            print(f"tfdist: {self.folder}: {what}", file=sys.stderr, flush=True)
 
     def _share_arrays(self, prefix: str) -> list[np.ndarray]:
         """The chief's arrays of the checkpoint whose keys begin so, in order, on every worker."""
@@ -204,6 +211,7 @@ class Checkpoint(keras.callbacks.Callback):
         due, self.due = self.due, False
         if self.stop_requested():
             self._save(last=True, logs=logs)
+            self._say(f"saved step {self.step}; the same program goes on from it")
             self.strategy.barrier()
             raise Stopped
         if due:

@@ -40,6 +40,7 @@ class Steps:
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
         self._bind()
         self.stop: Any = False  # see stop_requested
+        self.done = 0  # steps
         self.logged: list[str] = []  # by the last traced step: names of all logs, and which of them are results of metrics
         self.results: set[str] = set()
 
@@ -151,7 +152,7 @@ class Steps:
                 else:
                     argument, steps = _as_tensors(next(iterator)), on_batch  # of train_on_batch
                     self.build_optimizers(tf.nest.map_structure(_spec, argument))
-                supervisor().phase("train" if self.stop is not False else "compile")
+                supervisor().phase("train" if self.done else "compile", self.done)
                 try:
                     logs, self.stop = self._with_xla_if_possible(steps, argument)
                 except tf.errors.OutOfRangeError:
@@ -161,8 +162,8 @@ class Steps:
                         raise DataError(_ANOTHER_BATCH) from None
                     raise
                 finally:
-                    supervisor().tick()
-                    supervisor().phase("build")  # callbacks may take their time
+                    supervisor().phase("callbacks", self.done)  # which may take their time
+                self.done += num_steps
                 return logs
 
         return function

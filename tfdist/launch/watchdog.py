@@ -21,7 +21,7 @@ class Limits:
         """How long this task may stand still."""
         if seen.phase == "wait":  # an evaluator without a new checkpoint
             return float("inf")
-        if not seen.must_beat and seen.phase in ("start", "import", "build", "finish"):
+        if not seen.must_beat and seen.phase in ("start", "import", "build", "callbacks", "finish"):
             return float("inf")  # a program of the user's: what it does before and after training is its own business
         return self.step_timeout_s if seen.phase in ("train", "evaluate") and not seen.exiting else self.start_timeout_s
 
