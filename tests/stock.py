@@ -247,7 +247,11 @@ def model_parallel_shards_nothing(strategy):
     mesh = distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
     layout = distribution.LayoutMap(mesh)
     layout[".*kernel"] = (None, "model")
-    with distribution.ModelParallel(layout_map=layout, batch_dim_name="batch").scope():
+    try:
+        parallel = distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+    except (ImportError, AttributeError, ValueError, NotImplementedError, RuntimeError) as error:  # older versions
+        return f"defect: {type(error).__name__}: {error}"[:300]
+    with parallel.scope():
         layer = keras.layers.Dense(4)
         layer.build((None, 4))
     whole = type(layer.kernel.value).__name__ == "ResourceVariable" and tuple(layer.kernel.value.shape) == (4, 4)
