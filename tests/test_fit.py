@@ -38,7 +38,16 @@ ROUNDED = (
 
 
 def cells_of(strategy: str) -> tuple[str, ...]:
+    """The cells that run together on a strategy; four replicas, which take long to trace, have the cross-section."""
+    if strategy == "mirrored:4":
+        return QUICK
     return tuple(cell for cell in ALL if not (cell in ONE_PROCESS and strategy.startswith("multi_worker")))
+
+
+COLUMNS = (
+    ("one_device", "float64"), ("mirrored:2", "float64"), ("mirrored:2", "float32"), ("mirrored:4", "float64"),
+    ("multi_worker:2x1", "float64"),
+)  # fmt: skip
 
 
 def assert_equal_to_stock_keras(
@@ -73,12 +82,10 @@ def test_two_workers(cell):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("strategy", "dtype"), [
-    ("one_device", "float64"), ("mirrored:2", "float64"), ("mirrored:2", "float32"), ("mirrored:4", "float64"),
-    ("multi_worker:2x1", "float64"),
-])  # fmt: skip
-@pytest.mark.parametrize("cell", ALL)
-def test_every_cell(cell, strategy, dtype):
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "cell"), [(*column, cell) for column in COLUMNS for cell in cells_of(column[0])]
+)
+def test_every_cell(strategy, dtype, cell):
     assert_equal_to_stock_keras(cell, strategy, dtype, cells_of(strategy))
 
 

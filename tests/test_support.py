@@ -126,5 +126,5 @@ def test_the_cells_behind_a_yes_pass(feature, name):
             if cell not in ON_TWO_REPLICAS_ONLY | ALONE:
                 assert_equal_to_one_device(cell, strategy, "float64")
     for cell in [shown.partition(":")[2] for shown in SHOWN[feature] if shown.startswith("fit_cells:")]:
-        strategy = {"Mirrored": "mirrored:4", "MultiWorkerMirrored": "multi_worker:2x1"}[name]
+        strategy = {"Mirrored": "mirrored:2", "MultiWorkerMirrored": "multi_worker:2x1"}[name]
         assert_equal_to_stock_keras(cell, strategy, "float64", cells_of(strategy))
