@@ -85,7 +85,7 @@ def test_two_workers(cell):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("strategy", "dtype", "cell"), [(*column, cell) for column in COLUMNS for cell in cells_of(column[0])]
+    ("strategy", "dtype", "cell"), [(*column, cell) for column in COLUMNS for cell in cells_of(*column)]
 )
 def test_every_cell(strategy, dtype, cell):
     assert_equal_to_stock_keras(cell, strategy, dtype, cells_of(strategy, dtype))
