@@ -137,7 +137,7 @@ class Adapter:
     def _prepared(self, call: "Call") -> Iterator[None]:
         for data in ("x", "validation_data"):
             self._check_data(call.name, call.get(data))
-        self.input.batch = call.get("x")  # of predict_on_batch
+        self.input.batch = call.get("x") if call.name == "predict_on_batch" else None
         if not self.strategy.is_chief:
             nothing = lambda *args, **kwargs: None  # noqa: E731
             silent = patches.methods_inside(self.model, **dict.fromkeys(SAVES, nothing))

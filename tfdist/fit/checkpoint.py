@@ -256,9 +256,7 @@ class Checkpoint(keras.callbacks.Callback):
 def values_of(model: keras.Model) -> dict[str, keras.Variable]:
     """What a checkpoint of `fit` holds of a model, by stable key: its weights, seeds, and all its optimizers."""
     values = {f"model/{key}": v for key, v in keys.model_keys(model).items()}
-    weights = {id(v) for v in model.weights}
-    seeds = [v for v in model.variables if id(v) not in weights and v.name == "seed_generator_state"]
-    values |= {f"seeds/{i:03}": v for i, v in enumerate(seeds)}
+    values |= {f"seeds/{i:03}": v for i, v in enumerate(state.layer_seeds(model))}
     for i, optimizer in enumerate(one for one in optimizers_of(model) if one.built):
         values |= {f"optimizer/{i}/{key}": v for key, v in keys.optimizer_keys(optimizer, model).items()}
     return values

@@ -17,7 +17,7 @@ from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.sync import local_replica
-from tfdist.train import forward_state
+from tfdist.train import forward_state, state
 
 _SEED_STRIDE = 0x9E3779B9  # odd, near 2**32 / golden ratio: seeds of replicas are far apart
 _FINGERPRINT = "tfdist: fingerprint"  # among the logs of a replica, until all have agreed
@@ -37,7 +37,7 @@ class Steps:
         self.quirks = patches.quirks()
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
         self.metrics = _each_once(model.metrics_variables)
-        self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics)
+        self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics), state.layer_seeds(model)
         self._bind()
         self.stop: Any = False  # see stop_requested
         self.done = 0  # steps
@@ -356,14 +356,12 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     return list({id(one): one for one in found}.values())
 
 
-def _written_by_layers(model: keras.Model, metrics: list) -> tuple[list, list]:
-    """(state, seeds). Batch normalisation over all replicas writes the same everywhere and is not in it."""
+def _written_by_layers(model: keras.Model, metrics: list) -> list[keras.Variable]:
+    """What layers keep. Batch normalisation over all replicas writes the same everywhere and is not in it."""
     layers = patches.all_layers(model)
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
     agree_already = {id(v) for v in [*metrics, *(v for layer in norms for v in layer.variables)]}
-    weights = {id(v) for v in model.weights}
-    seeds = [v for v in model.variables if id(v) not in weights and v.name == "seed_generator_state"]
-    return [v for v in patches.state_of_layers(layers) if id(v) not in agree_already], seeds
+    return [v for v in patches.state_of_layers(layers) if id(v) not in agree_already]
 
 
 def _names(metric) -> list[str]:

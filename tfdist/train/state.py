@@ -108,9 +108,7 @@ class TrainState:
 
     @property
     def layer_seeds(self) -> list[keras.Variable]:
-        """The states of stock Keras random layers: in `variables` but not in `weights`."""
-        weights = {id(variable) for variable in self.model.weights}
-        return [v for v in self.model.variables if id(v) not in weights and v.name == "seed_generator_state"]
+        return layer_seeds(self.model)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -122,6 +120,12 @@ class TrainState:
         model = {MODEL + key: v for key, v in keys.model_keys(self.model).items()}
         optimizer = {f"optimizer/{key}": v for key, v in keys.optimizer_keys(self.optimizer, self.model).items()}
         return model | optimizer | {"step": self.step}
+
+
+def layer_seeds(model: keras.Model) -> list[keras.Variable]:
+    """The states of stock Keras random layers: in `variables` but not in `weights`."""
+    weights = {id(variable) for variable in model.weights}
+    return [v for v in model.variables if id(v) not in weights and v.name == "seed_generator_state"]
 
 
 def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray], origin: str, exact: bool = True) -> None:
