@@ -103,6 +103,13 @@ class StrategyConfig:
     communication: str = free("auto")  # auto | ring | nccl: between workers
     bytes_per_pack: int = free(0)  # gradients are reduced in packs of at least this size; 0: in one
     communication_timeout_s: float = free(0.0)  # of one collective; 0: none, cluster.step_timeout_s watches
+    # of parameter servers: how large variables are cut over them
+    partitioner: str = free("min_size")  # min_size | max_size | fixed | none
+    min_shard_bytes: int = free(256 << 10)  # min_size: a part for each server, none smaller
+    max_shard_bytes: int = free(16 << 20)  # max_size: parts no larger
+    num_shards: int = free(0)  # fixed: so many parts; min_size and max_size: at most; 0: as many as servers
+    max_staleness: int = free(-1)  # so many updates at most between a step's reading and its writing; -1: no bound
+    gradients_per_update: int = free(1)  # so many workers share each global batch and make one update; 1: asynchronous
 
 
 @dataclasses.dataclass
@@ -160,18 +167,20 @@ _CHOICES = {
     "strategy.kind": ("auto", "one_device", "mirrored", "multi_worker", "parameter_server", "tpu"),
     "strategy.reduce_dtype": ("float32", "bfloat16"),
     "strategy.communication": ("auto", "ring", "nccl"),
+    "strategy.partitioner": ("min_size", "max_size", "fixed", "none"),
 }
 _AT_LEAST_ONE = (
     "model.vocab_size", "model.num_layers", "model.num_heads", "model.model_dim", "data.sequence_length",
     "train.num_steps", "train.global_batch_size", "train.accumulate_steps", "train.steps_per_loop",
-    "train.max_skipped_steps", "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb",
+    "train.max_skipped_steps", "strategy.gradients_per_update", "strategy.min_shard_bytes", "strategy.max_shard_bytes",
+    "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",
     "optimizer.weight_decay", "train.clip_norm", "train.z_loss", "train.seed", "strategy.num_devices",
     "checkpoint.every_steps",
     "checkpoint.keep_every_steps", "eval.every_steps", "eval.batch_size", "eval.max_steps", "log.sample_tokens",
-    "strategy.bytes_per_pack", "strategy.communication_timeout_s", "data.max_bad_records",
+    "strategy.bytes_per_pack", "strategy.num_shards", "strategy.communication_timeout_s", "data.max_bad_records",
 )  # fmt: skip
 # at their defaults these do not enter the config hash: runs that were started without them go on
 _ADDED_LATER = (

@@ -27,6 +27,7 @@ from tfdist.metrics.writers import JsonLines, Terminal
 from tfdist.models import count
 from tfdist.models.transformer import next_token_loss
 from tfdist.strategies import select, support
+from tfdist.strategies.serve import serve
 from tfdist.train import actions, evaluate
 from tfdist.verification import run as verification
 
@@ -40,6 +41,10 @@ def train(flags) -> None:
     if cluster.task.type == "evaluator":
         evaluate_checkpoints(config, Workdir(path), flags.fresh)
         return
+    if cluster.ps and cluster.task.type in ("worker", "ps"):
+        if cluster.task.type == "worker":
+            job.open_data(config)  # the chief's input graphs read this machine's copy
+        serve(cluster, config.cluster.start_timeout_s)
     strategy = select.make(config.strategy, cluster, config.cluster, worker_weights(config))
     dataset = job.open_data(config)
     job.agree_on_data(strategy, dataset.data_hash)
@@ -54,7 +59,7 @@ def train(flags) -> None:
         trainer.share_state()
 
     flops = count.flops_per_token(config.model, config.data.sequence_length)
-    peak = job.peak_flops(config, strategy)
+    peak = job.peak_flops(config, strategy) if not strategy.num_servers else meters.NO_PEAK
     if strategy.is_chief:
         tokens = dataset.splits["train"].tokens
         print(f"{trainer.model.count_params():,} parameters on {strategy}; {tokens:,} tokens of text")

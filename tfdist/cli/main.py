@@ -176,8 +176,6 @@ def _run(command: str, arguments: list[str]) -> None:
         cluster = resolve()
         if command == "train":
             check_strategy(cluster, flags.FLAGS.config.strategy.kind)
-            if cluster.ps:
-                fail("TF_CONFIG: cluster.ps: tfdist train cannot use parameter servers yet; leave them out")
             if supervisor_fd() is None and (cluster.tasks or cluster.task.type == "evaluator"):
                 sys.exit(processes.supervise_training(cluster, flags.FLAGS.config, arguments))
         supervisor()  # from here on it beats

@@ -124,8 +124,6 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
         ]
     else:
         command = [*_PROGRAM, "supervise", *(f"--{name}={given[name].value}" for name in names), "--", *program]
-    if is_train and given.ps:
-        fail("--ps: tfdist train cannot use parameter servers yet; leave it out, or start a program of your own")
     if is_train:
         Workdir(workdir_of(program)).check_free()
     log_dir = Path(given.log_dir or (workdir_of(program) / "logs" if is_train else "logs"))

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 
 from tfdist.cluster import resolve
+from tfdist.cluster.spec import Task
 from tfdist.errors import PEER_LOST
 
 BEAT_S = 0.5
@@ -31,6 +32,7 @@ class SupervisorLink:
         self._step, self._steps_before = 0, 0  # the training step that the phase began at, and all loops' steps by then
         self._reached = 0  # the training step by now
         self._progress: Progress = lambda: (0, 0)
+        self._on_lost: Callable[[Task], None] = lambda task: None
         self._closed = threading.Event()
         if fd is None:
             return
@@ -60,6 +62,11 @@ class SupervisorLink:
     def watch(self, progress: Progress) -> None:
         """Where to read how far training is; called from another thread."""
         self._progress = progress
+
+    def on_lost(self, act: Callable[[Task], None]) -> None:
+        """What to do when the supervisor says that a worker is gone that this process can do without; called from another
+        thread."""
+        self._on_lost = act
 
     def close(self) -> None:
         if self.is_there and not self._closed.is_set():
@@ -97,8 +104,12 @@ class SupervisorLink:
                     os.write(2, b"tfdist: the supervisor of this process is gone\n")
                     os._exit(PEER_LOST)
                 return
-            if b"stop" in received:
-                os.kill(os.getpid(), signal.SIGTERM)
+            for line in filter(None, received.split(b"\n")):
+                word, *rest = line.split()
+                if word == b"stop":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                elif word == b"lost":
+                    self._on_lost(Task(rest[0].decode(), int(rest[1])))
 
 
 @functools.cache

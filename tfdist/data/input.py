@@ -91,7 +91,7 @@ def eval_dataset_fn(dataset: TokenDataset, config: Config, split_name: str = "va
                     window = tf.map_fn(lambda first: _from_disk(split, first, length), start, tokens.dtype)
                 return _element(tf.cast(window, tf.int32), targets, config.model.vocab_size, True, border)
 
-            return tf.data.Dataset.range(context.start_step, batches).map(batch, num_parallel_calls=2)
+            return context.steps(batches).map(batch, num_parallel_calls=2)
 
         return tf.data.Dataset.from_tensors(0).map(load).flat_map(steps)
 
@@ -246,8 +246,7 @@ class Reader:
                 window = tf.cast(_windows(tokens, start, self.length), tf.int32)
                 return self._element(window, targets, self._in_whole(start))
 
-            endless = tf.data.Dataset.range(self.context.start_step, np.iinfo(np.int64).max)
-            return endless.map(batch, num_parallel_calls=2, deterministic=True)
+            return self.context.steps().map(batch, num_parallel_calls=2, deterministic=True)
 
         return tf.data.Dataset.from_tensors(0).map(load).flat_map(steps)
 

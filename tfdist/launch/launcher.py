@@ -116,12 +116,17 @@ class Launcher:
                 self._failure_of_data_service = Failure(PEER_LOST, f"the data service is lost: {end}", 0, [], None)
                 for member in members:
                     member.kill()
-            failed = any(m.poll() not in (None, DONE, STOPPED) for m in members)
+            failed = any(m.poll() not in (None, DONE, STOPPED) for m in members if not self._can_do_without(m, members))
             if failed:
                 give_up_s = min(give_up_s, time.monotonic() + _END_GRACE_S)
             if time.monotonic() > give_up_s:
                 for member in members:
                     member.kill()
+
+    def _can_do_without(self, member: Member, members: list[Member]) -> bool:
+        """Parameter servers go on while any worker is there."""
+        workers = [m for m in members if m.task.type == "worker"]
+        return bool(self.group.num_ps) and member in workers and any(m.poll() is None for m in workers)
 
     async def _end_evaluator(self, evaluator: Member, group: list[Member]) -> None:
         """It ends by itself after the last checkpoint; it is told to when the group did not get that far."""
@@ -171,6 +176,9 @@ def _cause(members: list[Member]) -> Failure:
     """The first failure: what most supervisors were told, or the end of a supervisor itself; a lost peer comes last."""
     everyone = [(m.ended_s, m.verdict(), m) for m in members]
     ends = [end for end in everyone if end[2].task.type != "evaluator"]
+    chief = next((end for end in ends if end[2].task.type == "chief"), None)
+    if chief is not None and chief[1]["exit_code"] in (DONE, STOPPED):  # it got there, whoever was lost on the way
+        ends = [chief]
     if all(end[1]["exit_code"] == DONE for end in ends):  # then a failure of the evaluator counts
         ends = everyone
     failed = [end for end in ends if end[1]["exit_code"] not in (DONE, STOPPED)]

@@ -71,6 +71,11 @@ class Child:
         with contextlib.suppress(OSError):
             self.socket.send(b"stop\n")
 
+    def tell(self, line: str) -> None:
+        """Through the socket, where tfdist listens."""
+        with contextlib.suppress(OSError):
+            self.socket.send(line.encode() + b"\n")
+
     async def write_stacks(self) -> None:
         """A suspended process writes nothing until it goes on; SIGUSR1 waits for that."""
         if self.beat_s is not None:  # it has a handler; without one the signal would end it silently

@@ -18,10 +18,10 @@ from typing import Any
 from tfdist.cluster.preflight import Meeting, ToldToStop
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.cluster.wire import Connection
-from tfdist.errors import DONE, PEER_LOST, STOPPED, Failure
+from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG, Failure
 from tfdist.launch import restarts
 from tfdist.launch.process import LAUNCHER_FD, Child
-from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, judge
+from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, is_frozen, is_lost, judge
 
 MAX_RESTARTS = "TFDIST_MAX_RESTARTS"
 _TICK_S = 0.1
@@ -70,6 +70,8 @@ class Supervisor:
         self.job, self.me = job, job.cluster.task
         now_s = time.monotonic()
         self.is_member = self.me in job.cluster.tasks  # an evaluator is not
+        self.serves = self.me.type if job.cluster.ps and self.me.type in ("worker", "ps") else ""  # the chief, till its end
+        self.said_lost: set[Task] = set()
         self.is_leader = job.cluster.is_chief or not self.is_member
         watched = job.cluster.tasks if self.is_member and job.cluster.is_chief else (self.me,)
         self.seen = {task: Seen(task, now_s, now_s) for task in watched}
@@ -149,6 +151,7 @@ class Supervisor:
                 self._send_status(mine)
             if self.is_leader and self.verdict is None:
                 self.verdict = judge(list(self.seen.values()), self.job.limits, now_s)
+                self._tell_of_lost_workers(now_s)
             elif not self.is_leader and now_s - self.leader_heard_s > self.job.limits.heartbeat_timeout_s:
                 leader, silent_s = self.job.cluster.leader, now_s - self.leader_heard_s
                 message = f"{leader} is silent for {silent_s:.1f} s: its supervisor is frozen or the network is cut"
@@ -156,6 +159,15 @@ class Supervisor:
             if self.verdict is not None:
                 return self.verdict
             await asyncio.sleep(_TICK_S if mine.exit_code is None else _TICK_S / 4)
+
+    def _tell_of_lost_workers(self, now_s: float) -> None:
+        """The chief of parameter servers goes on without them, also where no error will ever tell it to."""
+        for task, seen in self.seen.items():
+            gone = task.type == "worker" and self.job.cluster.ps and is_lost(seen, self.job.limits, now_s)
+            if gone and task not in self.said_lost:
+                self.said_lost.add(task)
+                self._say(f"{task} is lost; the others go on")
+                self.child.tell(f"lost {task.type} {task.index}")
 
     def _hear_child(self, mine: Seen, now_s: float) -> None:
         """Takes over the child's beats and its end; starts one that restarts alone again."""
@@ -168,6 +180,10 @@ class Supervisor:
             cut_short = True
             child.kill()
         code = child.poll()
+        if code is None and self.serves == "worker" and is_frozen(mine, self.job.limits, now_s):
+            self._say(f"{self.me} is frozen: no heartbeat for {now_s - mine.beat_s:.1f} s")
+            child.kill()
+            code = WATCHDOG
         if code is None or mine.exit_code is not None:
             return
         if cut_short:
@@ -218,6 +234,10 @@ class Supervisor:
                     int(end["exit_code"]), str(end["message"]), blamed, int(end["step"]), bool(end["stacks"])
                 )
         seen = self.seen.get(task)
+        if self.job.cluster.ps and task.type == "worker":
+            if seen is not None and seen.exit_code is None:  # the leader goes on without it
+                seen.exit_code, seen.exited_s = PEER_LOST, time.monotonic()
+            return
         if self.verdict is None and not (seen is not None and seen.exit_code is not None):
             step = self.seen[self.me].step
             self.verdict = Verdict(PEER_LOST, f"{task} is lost: its supervisor is gone", task, step)
@@ -229,7 +249,7 @@ class Supervisor:
         if self.stopping:
             return
         self.stopping = True
-        if self.child is not None:
+        if self.child is not None and not self.serves:
             self.child.stop()
         if tell:
             for peer in self.peers.values():

@@ -19,7 +19,7 @@ class Limits:
 
     def of(self, seen: "Seen") -> float:
         """How long this task may stand still."""
-        if seen.phase == "wait":  # an evaluator without a new checkpoint
+        if seen.phase in ("wait", "serve"):  # an evaluator without a new checkpoint; a server
             return float("inf")
         if not seen.must_beat and seen.phase in ("start", "import", "build", "callbacks", "finish"):
             return float("inf")  # a program of the user's: what it does before and after training is its own business
@@ -78,8 +78,14 @@ class Verdict:
 def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s: float = 0.4) -> Verdict | None:
     """The reason to end the group now, if there is one. A peer's loss is blamed on somebody else if anybody fits."""
     step = max((seen.step for seen in everyone), default=0)
-    if any(seen.task.type == "ps" for seen in everyone) and everyone[0].exit_code in (DONE, STOPPED):
-        return Verdict(everyone[0].exit_code, "the chief is done", None, step)  # servers and their workers never end
+    if any(seen.task.type == "ps" for seen in everyone):
+        if everyone[0].exit_code in (DONE, STOPPED):
+            return Verdict(everyone[0].exit_code, "the chief is done", None, step)  # servers and their workers never end
+        workers = [seen for seen in everyone if seen.task.type == "worker"]
+        without = [seen for seen in workers if is_frozen(seen, limits, now_s)]  # its own supervisor starts it again
+        lost = [seen for seen in workers if is_lost(seen, limits, now_s)]
+        without += lost if len(lost) < len(workers) else []  # the others go on
+        everyone = [seen for seen in everyone if seen not in without]
     failed = [seen for seen in everyone if seen.exit_code not in (None, DONE, STOPPED)]
     causes = [seen for seen in failed if seen.exit_code != PEER_LOST]
     if causes:
@@ -101,6 +107,18 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
             return Verdict(STOPPED, "stopped", None, step)
         return Verdict(PEER_LOST, "every process lost a peer", None, step) if failed else Verdict(DONE, "done", None, step)
     return _silent(everyone, limits, now_s, step) or _stuck(everyone, limits, now_s, step)
+
+
+def is_lost(seen: Seen, limits: Limits, now_s: float) -> bool:
+    """Whether a worker of parameter servers, which training can do without, is gone."""
+    return seen.exit_code is not None or now_s - seen.heard_s > limits.heartbeat_timeout_s
+
+
+def is_frozen(seen: Seen, limits: Limits, now_s: float) -> bool:
+    """Whether a process has not beaten for too long, as its own supervisor sees it."""
+    if seen.exit_code is not None or seen.beat_s is None:
+        return False
+    return now_s - seen.beat_s > limits.heartbeat_timeout_s
 
 
 def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
@@ -125,6 +143,7 @@ def _stuck(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ver
     """In a synchronous group whoever waits for others looks stuck too, so only a group that all stands still is stuck,
     each by the limit of its own phase; then those who are furthest behind are to blame."""
     running = [seen for seen in everyone if seen.exit_code is None and (seen.beat_s is not None or seen.must_beat)]
+    running = [seen for seen in running if seen.phase != "serve"]  # who asks them stands still, if anybody does
     if not running or any(now_s - seen.moved_s <= limits.of(seen) for seen in running):
         return None
     least = min((seen.steps, seen.batches) for seen in running)

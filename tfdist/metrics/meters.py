@@ -28,6 +28,9 @@ class Peak:
     source: str
 
 
+NO_PEAK = Peak(0.0, "not known: the chief does not compute")
+
+
 def peak_flops(num_replicas: int, dtype: str) -> Peak:
     """The rate that MFU is measured against: a table for known GPUs, else a matrix product measured now.
 
@@ -60,6 +63,8 @@ def measured_flops(dtype: str) -> float:
 
 def formula(flops_per_token: float, peak: Peak) -> str:
     """The line that is printed once."""
+    if not peak.flops_per_s:
+        return f"no MFU: {flops_per_token:,.0f} FLOPs per token (6N + 12*L*d*T), the peak is {peak.source}"
     return (
         f"MFU = tokens/s x {flops_per_token:,.0f} FLOPs per token (6N + 12*L*d*T) / {peak.flops_per_s / 1e9:,.0f} "
         f"GFLOP/s ({peak.source})"

@@ -30,11 +30,30 @@ class InputContext:
             raise UserError(f"worker_weights: expected one for each of {pipelines} workers, found {len(weights)}")
         self.weights = tuple(weights)
         self._start_step, self.start_step_was_read = start_step, False
+        self.steps_were_read, self.end = False, None  # what `steps` was asked for
+        self._given_steps: Callable[[], tf.data.Dataset] | None = None
 
     @property
     def start_step(self) -> int:
         self.start_step_was_read = True
         return self._start_step
+
+    def steps(self, end: int | None = None) -> tf.data.Dataset:
+        """The numbers of the steps that this pipeline reads, int64: from `start_step` on, below `end` if there is one. Under
+        parameter servers just those that are this worker's, one when it is due: a dataset that is a `map` of them reads
+        nothing in vain there."""
+        self.start_step_was_read = self.steps_were_read = True
+        self.end = end
+        if self._given_steps is not None:
+            return self._given_steps()
+        return tf.data.Dataset.range(self._start_step, np.iinfo(np.int64).max if end is None else end)
+
+    @classmethod
+    def of_steps(cls, given: Callable[[], tf.data.Dataset], *args, **kwargs) -> "InputContext":
+        """One whose `steps` are given by somebody else."""
+        context = cls(*args, **kwargs)
+        context._given_steps = given
+        return context
 
     def rows(self, global_batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
         """Which rows of every global batch this pipeline reads: its part of each micro-batch. Disjoint and complete.
@@ -74,9 +93,10 @@ class Batch(NamedTuple):
 # to stop: with that step the loop ends, on all of them.
 ReplicaStep = Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
 
-# (iterator, n) -> (per-step scalars, each of shape [done]; done). done < n at the end of the input, or when a process
-# was asked to stop: then the last entry of "stop" is 1.
-Steps = Callable[[Any, int], tuple[dict[str, np.ndarray], int]]
+# (iterator, n, ahead) -> (per-step scalars, each of shape [done]; done). done < n at the end of the input, or when a
+# process was asked to stop: then the last entry of "stop" is 1. `ahead`: so many steps more may be begun, where steps
+# run beside each other; they are done when that many more were asked for, or when all stop (then done > n may be).
+Steps = Callable[[Any, int, int], tuple[dict[str, np.ndarray], int]]
 
 
 # What else holds inside of every scope: rooms above add it (fit: models that are made there train with it).
@@ -92,6 +112,7 @@ class Strategy(Protocol):
     num_replicas: int  # over all workers
     first_replica: int  # the global index of this process' replica 0
     is_chief: bool  # the one process that writes
+    num_servers: int  # that hold the variables; 0: every replica has its own
 
     def scope(self) -> AbstractContextManager:
         """Variables made inside live on every replica."""
@@ -107,6 +128,15 @@ class Strategy(Protocol):
 
     def make_steps(self, replica_step: ReplicaStep) -> Steps:
         """Compiles a loop of any length around one replica step."""
+
+    def components(self, variables: list, local: int) -> AbstractContextManager:
+        """Inside, Keras variables are what one replica of this process computes with: plain and compilable."""
+
+    def copies(self, variable) -> Sequence[tf.Variable]:
+        """The plain variables that hold it: one on each replica of this process, or its parts on the servers."""
+
+    def report(self) -> dict[str, Any]:
+        """What is worth a line at the end of a run; empty: nothing."""
 
     def local_replicas(self) -> int:
         """How many replicas this process drives."""

@@ -10,6 +10,7 @@ from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.config import ClusterConfig, StrategyConfig
 from tfdist.errors import UserError
 from tfdist.strategies.base import Strategy
+from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.sync import Mirrored, MultiWorkerMirrored, OneDevice
 
 
@@ -17,11 +18,7 @@ class _NotThereYet:
     """Foreseen in the interface of `base.Strategy`, and refused until it comes."""
 
     def __init__(self, *args, **kwargs):
-        raise UserError(f"{type(self).__name__}: not there yet; use OneDevice, Mirrored or MultiWorkerMirrored")
-
-
-class ParameterServer(_NotThereYet):
-    """Asynchronous training: a coordinator, workers, and servers that hold the variables."""
+        raise UserError(f"{type(self).__name__}: not there yet; use OneDevice, Mirrored, MultiWorkerMirrored or ParameterServer")
 
 
 class TPU(_NotThereYet):
@@ -70,7 +67,18 @@ def make(
             start_timeout_s=waiting.start_timeout_s,
             worker_weights=worker_weights,
         )
-    return {"parameter_server": ParameterServer, "tpu": TPU}[kind]()
+    if kind == "parameter_server":
+        return ParameterServer(
+            cluster,
+            partitioner=config.partitioner,
+            min_shard_bytes=config.min_shard_bytes,
+            max_shard_bytes=config.max_shard_bytes,
+            num_shards=config.num_shards,
+            max_staleness=None if config.max_staleness < 0 else config.max_staleness,
+            gradients_per_update=config.gradients_per_update,
+            start_timeout_s=waiting.start_timeout_s,
+        )
+    return TPU()
 
 
 def from_environment() -> Strategy:

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tfdist import patches
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, wants_legacy_keras
 from tfdist.cluster.spec import Cluster
@@ -23,6 +24,7 @@ class Synchronous:
     """The shared implementation of `base.Strategy`; see there for the methods."""
 
     needs_static_shapes = False  # of what the input yields
+    num_servers = 0
 
     def __init__(
         self, tf_strategy: tf.distribute.Strategy, cluster: Cluster | None = None, worker_weights: Sequence[float] = ()
@@ -82,6 +84,16 @@ class Synchronous:
                 "expected all workers to be at the same place, found one at another: give every worker datasets with the "
                 "same number of batches, and let all of them make the same calls"
             ) from error
+
+    def components(self, variables, local: int) -> patches.ComponentVariables:
+        """Inside of it they are those of one of this process' replicas."""
+        return patches.ComponentVariables(self.tf_strategy, variables, local)
+
+    def copies(self, variable) -> Sequence[tf.Variable]:
+        return self.tf_strategy.experimental_local_results(variable.value)
+
+    def report(self) -> dict[str, Any]:
+        return {}
 
     def local_replicas(self) -> int:
         return len(self.tf_strategy.extended.worker_devices)
@@ -157,7 +169,7 @@ class Synchronous:
             done, _, table = tf.while_loop(more, body, (0, False, table), parallel_iterations=1)
             return done, table.stack()
 
-        def steps(iterator, n: int) -> tuple[dict[str, np.ndarray], int]:
+        def steps(iterator, n: int, ahead: int = 0) -> tuple[dict[str, np.ndarray], int]:
             with self.peers():
                 done, table = loop(iterator, tf.constant(n, tf.int32))
                 done, columns = int(done), table.numpy().T

@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.strategies.base import Batch, ReplicaStep, Steps, Strategy
 from tfdist.train.loss import Loss, LossFn, metric_sums, per_output
 from tfdist.train.step import all_reduce
@@ -41,23 +40,23 @@ def make_eval_step(
 
     def step_of(local: int) -> Callable[[Batch], dict[str, tf.Tensor]]:
         names: list[str] = []  # filled while it is traced
-        components = patches.ComponentVariables(strategy.tf_strategy, model.variables, local)
+        components = strategy.components(model.variables, local)
 
         def local_sums(batch: Batch):
-            with components:
-                x, y, weight = tf.nest.map_structure(lambda t: t[0], (batch.x, batch.y, batch.weight))
-                predicted = model(x, training=False)
-                found = {f"loss {name}": sums for name, sums in per_output(loss, y, predicted, weight).items()}
-                of_metrics = metric_sums(metrics or {}, y, predicted, weight)
-                found |= {f"metric {name}": sums for name, sums in of_metrics.items()}
-                names[:] = [f"{kind} {name}" for name in found for kind in _SUMS]
-                dtype = next(iter(found.values()))[0].dtype
-                return tf.stack([tf.cast(t, dtype) for t in (*tf.nest.flatten(list(found.values())), batch.valid)])
-
-        local = tf.function(local_sums, jit_compile=True, autograph=False) if jit_compile else local_sums
+            x, y, weight = tf.nest.map_structure(lambda t: t[0], (batch.x, batch.y, batch.weight))
+            predicted = model(x, training=False)
+            found = {f"loss {name}": sums for name, sums in per_output(loss, y, predicted, weight).items()}
+            of_metrics = metric_sums(metrics or {}, y, predicted, weight)
+            found |= {f"metric {name}": sums for name, sums in of_metrics.items()}
+            names[:] = [f"{kind} {name}" for name in found for kind in _SUMS]
+            dtype = next(iter(found.values()))[0].dtype
+            return tf.stack([tf.cast(t, dtype) for t in (*tf.nest.flatten(list(found.values())), batch.valid)])
 
         def eval_step(batch: Batch, stop: tf.Tensor) -> dict[str, tf.Tensor]:
-            sums = local(batch)
+            # made anew for each graph: under parameter servers it holds that graph's tensors
+            sums_of = tf.function(local_sums, jit_compile=True, autograph=False) if jit_compile else local_sums
+            with components:
+                sums = sums_of(batch)
             (sums,) = all_reduce([tf.concat([sums, tf.cast(stop, sums.dtype)[None]], 0)])
             *sums, valid, stopped = tf.unstack(sums)
             return dict(zip(names, sums, strict=True)) | {"valid": valid > 0, "stop": stopped > 0}

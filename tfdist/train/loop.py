@@ -36,10 +36,12 @@ class Action(Protocol):
         """Called after every turn; acts when it is due."""
 
 
-def next_stop(step: int, num_steps: int, steps_per_loop: int, actions: Sequence[Action]) -> int:
-    """Where the compiled loop has to come up again: `steps_per_loop` never has to divide anything."""
+def next_stop(step: int, num_steps: int, steps_per_loop: int, actions: Sequence[Action]) -> tuple[int, int]:
+    """Where the compiled loop has to come up again, and where an action or the end wants all steps done: `steps_per_loop`
+    never has to divide anything."""
     due = [action.next_due(step) for action in actions]
-    return min([num_steps, step + steps_per_loop, *(d for d in due if d is not None)])
+    all_done = min([num_steps, *(d for d in due if d is not None)])
+    return min(all_done, step + steps_per_loop), all_done
 
 
 def run(
@@ -51,13 +53,13 @@ def run(
     # a stop is seen in the outputs, where all workers agree on the step; this process' own request may be earlier
     while step < num_steps and not ended:
         steps_per_loop = trainer.steps_per_loop if step > first else 1  # the first turn compiles: time it by itself
-        n = next_stop(step, num_steps, steps_per_loop, actions) - step
+        end, all_done = next_stop(step, num_steps, steps_per_loop, actions)
         trainer.phase("train" if step > first else "compile")
         started_s = time.perf_counter()
-        outputs, done = trainer.train_steps(iterator, n)
+        outputs, done = trainer.train_steps(iterator, end - step, all_done - end)
         turn = Turn(step, step + done, whole_run or num_steps, outputs, time.perf_counter() - started_s)
         stop.requested |= bool(outputs["stop"].any())
-        step, ended = advance(trainer.state, step, done), done < n or bool(outputs["stop"].any())
+        step, ended = advance(trainer.state, step, done), done < end - step or bool(outputs["stop"].any())
         for action in actions:
             action.maybe(trainer, turn)
     # a stop can come at any time, also while an action runs: saving at the end does not depend on when

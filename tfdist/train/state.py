@@ -22,7 +22,7 @@ class TrainState:
     """Built under the strategy's scope. `step` counts global batches consumed, skipped ones included."""
 
     def __init__(self, strategy: Strategy, model: keras.Model, optimizer: keras.optimizers.Optimizer):
-        self.model, self._strategy = model, strategy.tf_strategy
+        self.model, self._strategy = model, strategy
         if not model.built:
             raise UserError(
                 "expected a model with variables, found one that is not built yet; under the scope call it once on data, or "
@@ -86,8 +86,7 @@ class TrainState:
     def swap_averages(self) -> None:
         """Exchanges the variables with their moving averages, on every replica of this process. Twice changes nothing."""
         for variable, average in self.averages:
-            copies = zip(*map(self._strategy.experimental_local_results, (variable.value, average.value)), strict=True)
-            for one, other in copies:
+            for one, other in zip(*map(self._strategy.copies, (variable, average)), strict=True):
                 held = one.read_value()
                 one.assign(other)
                 other.assign(held)

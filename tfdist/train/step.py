@@ -11,6 +11,7 @@ from absl import logging
 
 from tfdist import patches
 from tfdist.errors import UserError
+from tfdist.patches import servers
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.strategies.base import Batch, ReplicaStep, Strategy
 from tfdist.train import batch_norm, forward_state, loss_scale
@@ -124,11 +125,13 @@ class MicroBatch(NamedTuple):
 
 
 def accumulate(
-    state: TrainState, loss: Loss, batch: Batch, totals, seed: int, replica: Replica, suspended=None
+    state: TrainState, loss: Loss, batch: Batch, totals, seed: int, replica: Replica, suspended=None, sources=None,
+    unrolled: bool = False,
 ) -> tuple[list, tf.Tensor]:  # fmt: skip
     """Sums over the micro-batches: gradients (None where there is none), and stats [loss, weight, tokens, valid, rows].
 
-    `suspended`: the forward pass communicates, inside this context.
+    `suspended`: the forward pass communicates, inside this context. `sources`: what is differentiated, where that is not
+    the variables themselves (`patches.servers.Pulled`). `unrolled`: not as a loop of the graph.
     """
     micro_batches, places = batch.first_row.shape[0], tf.nest.flatten(batch.weight)[0].shape[1]
 
@@ -136,13 +139,13 @@ def accumulate(
         part = tf.nest.map_structure(lambda t: t[m], (batch.x, batch.y, batch.weight, batch.first_row, batch.rows))
         part = MicroBatch(*part, m, batch.block_rows)
         with batch_norm.over_replicas(state.batch_norms, part.rows, places, suspended):
-            return gradient_sums(state, loss, part, totals, seed, replica)
+            return gradient_sums(state, loss, part, totals, seed, replica, sources)
 
     gradients, stats = micro_batch(0)
-    if suspended:  # a loop of the graph cannot hold the collectives
+    if suspended or unrolled:  # a loop of the graph cannot hold the collectives
         for m in range(1, micro_batches):
             more, more_stats = micro_batch(m)
-            gradients = [None if a is None else a + b for a, b in zip(gradients, more, strict=True)]
+            gradients = [None if a is None else _add(a, b) for a, b in zip(gradients, more, strict=True)]
             stats += more_stats
     elif micro_batches > 1:
         connected = [gradient for gradient in gradients if gradient is not None]
@@ -161,14 +164,20 @@ def accumulate(
     return gradients, tf.concat([stats, rest], 0)
 
 
+def _add(a, b):
+    return servers.add_slices([a, b]) if isinstance(a, tf.IndexedSlices) else a + b
+
+
 def gradient_sums(
-    state: TrainState, loss: Loss, part: MicroBatch, totals, seed: int, replica: Replica
+    state: TrainState, loss: Loss, part: MicroBatch, totals, seed: int, replica: Replica, sources=None
 ) -> tuple[list, tf.Tensor]:  # fmt: skip
     """One micro-batch: the gradient of the weighted loss sum, and [loss sum, weight sum, tokens]."""
     model, step = state.model, state.step.value
     set_layer_seeds(state, seed, step, part.m, replica.index)
-    variables = [variable.value for variable in model.trainable_variables]
+    variables = [] if sources else [variable.value for variable in model.trainable_variables]
     with tf.GradientTape() as tape:
+        if sources:
+            sources.watch(tape, model.trainable_variables)
         with sample_position(SamplePosition(seed, step, part.first_row)):
             predicted = model(part.x, training=True)
         loss_sum, weight_sum, tokens = combined(loss, part.y, predicted, part.weight, totals)
@@ -177,7 +186,10 @@ def gradient_sums(
             loss_sum += tf.where(weight_sum > 0, added, tf.zeros_like(added)) * weight_sum
         scale = loss_scale.of_a_sum(state.optimizer, part.y, part.block_rows)
         scaled = loss_sum if scale is None else loss_sum * tf.cast(scale, loss_sum.dtype)
-    gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, variables)]
+    if sources:
+        gradients = sources.gradients(tape, scaled, model.trainable_variables)
+    else:
+        gradients = [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(scaled, variables)]
     if scale is not None:
         gradients = [None if g is None else g / tf.cast(scale, g.dtype) for g in gradients]
     return gradients, tf.stack([loss_sum, weight_sum, tokens])

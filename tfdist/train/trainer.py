@@ -19,7 +19,7 @@ from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.metrics.writers import JsonLines, Terminal, Writer
 from tfdist.strategies import support
 from tfdist.strategies.base import DatasetFn, Strategy
-from tfdist.train import evaluate, loop, step
+from tfdist.train import evaluate, loop, server_step, step
 from tfdist.train.loss import Loss, LossFn
 from tfdist.train.signals import StopRequest
 from tfdist.train.state import TrainState, load, share
@@ -79,7 +79,8 @@ class Trainer:
             raise UserError(f"reduce_dtype: expected float32 or bfloat16, found {reduce_dtype!r}")
         narrow = reduce_dtype if reduce_dtype != "float32" and strategy.num_replicas > 1 else ""
         options = step.StepOptions(clip_norm, seed, narrow, self.jit_compile)
-        self.train_steps = strategy.make_steps(step.make_train_step(strategy, self.state, loss, options))
+        make_train_step = (server_step if strategy.num_servers else step).make_train_step
+        self.train_steps = strategy.make_steps(make_train_step(strategy, self.state, loss, options))
         eval_step = evaluate.make_eval_step(strategy, model, eval_loss or loss, self.jit_compile, metrics)
         self.eval_steps = strategy.make_steps(eval_step)
 

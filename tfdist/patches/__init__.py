@@ -140,6 +140,28 @@ def apply_gradients(optimizer: keras.optimizers.Optimizer, gradients, variables)
     optimizer.iterations.assign_add(1)
 
 
+def apply_to(optimizer: keras.optimizers.Optimizer, gradient, variable) -> None:
+    """`apply_gradients` for one variable, without counting it; where Keras computes, in Keras' order."""
+    _apply_weight_decay(optimizer, [variable])
+    _update_steps(optimizer, [gradient], [variable])
+    if optimizer.use_ema:
+        _update_moving_average(optimizer, variable)
+    if variable.constraint is not None:
+        variable.assign(variable.constraint(variable))
+
+
+def _update_moving_average(optimizer, variable) -> None:
+    for one, average in moving_averages(optimizer):
+        if one is not variable:
+            continue
+        momentum = keras.ops.where(optimizer.iterations > 0, optimizer.ema_momentum, 0.0)
+        momentum = keras.ops.cast(momentum, average.dtype)
+        average.assign(momentum * average + (1 - momentum) * variable)
+        if optimizer.ema_overwrite_frequency:
+            due = keras.ops.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
+            variable.assign(keras.ops.where(due, average, variable))
+
+
 def _apply_weight_decay(optimizer, variables) -> None:
     """Keras' decay without its TensorFlow override, which calls `merge_call`; an optimizer's own one (Muon) is kept."""
     own = _without_tensorflow_override(optimizer, "_apply_weight_decay")

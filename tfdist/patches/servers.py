@@ -1,0 +1,352 @@
+"""Entries for parameter servers: variables that are not where the computation is."""
+
+import contextlib
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def components(variable: keras.Variable) -> list[tf.Variable]:
+    """The plain variables on the servers that hold it: one, or the parts of its first axis, in order.
+
+    What: `ShardedVariable.variables`, and what TensorFlow wraps around each (`CachingVariable`, `AggregatingVariable`).
+    Why: gradients and Keras' optimizers fail on a ShardedVariable; they work on its parts. Versions: TensorFlow 2.19-2.21.
+    """
+    return plain(variable._value)
+
+
+def plain(value) -> list[tf.Variable]:
+    """`components` of what a Keras variable holds."""
+    if isinstance(value, (tf.Tensor, Local, Table)):
+        raise AssertionError("a variable of the servers was expected, found the value of a step")
+    found = list(getattr(value, "variables", [value]))
+    while any(hasattr(one, "_v") for one in found):
+        found = [getattr(one, "_v", one) for one in found]
+    return found
+
+
+def whole(variable: keras.Variable) -> tf.Tensor:
+    """Its value, of all parts."""
+    parts = [part.read_value() for part in components(variable)]
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+
+
+class Local:
+    """A value that a step may write: stands for a variable of the servers."""
+
+    def __init__(self, tensor: tf.Tensor):
+        self.tensor = tensor
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["tensor"], name)
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        return tf.convert_to_tensor(self.tensor, dtype, name)
+
+    def assign(self, value, *args, **kwargs):
+        self.tensor = tf.cast(value, self.tensor.dtype)
+        return self
+
+    def assign_add(self, delta, *args, **kwargs):
+        return self.assign(self.tensor + tf.cast(tf.convert_to_tensor(delta), self.tensor.dtype))
+
+    def assign_sub(self, delta, *args, **kwargs):
+        return self.assign(self.tensor - tf.cast(tf.convert_to_tensor(delta), self.tensor.dtype))
+
+    def read_value(self) -> tf.Tensor:
+        return self.tensor
+
+
+class Table:
+    """Stands for the table of an Embedding: rows come from the servers when they are looked up, each once."""
+
+    def __init__(self, parts: list[tf.Variable], dtype: str, shape):
+        self.parts, self.dtype, self.shape = parts, tf.as_dtype(dtype), tf.TensorShape(shape)
+        self.tape: tf.GradientTape | None = None
+        self.found: list[tuple[tf.Tensor, tf.Tensor]] = []  # (ids, rows) of each look-up
+        self.was_read_whole = False
+        if _made is not None:
+            _made.append(self)
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        self.was_read_whole = True
+        parts = [part.read_value() for part in self.parts]
+        return tf.convert_to_tensor(parts[0] if len(parts) == 1 else tf.concat(parts, 0), dtype, name)
+
+    def look_up(self, ids: tf.Tensor) -> tf.Tensor:
+        """ids [...] -> rows [..., dim]."""
+        unique, places = tf.unique(tf.reshape(ids, [-1]))
+        parts = self.parts if len(self.parts) > 1 else self.parts[0]
+        rows = tf.compat.v1.nn.embedding_lookup(parts, unique, partition_strategy="div")
+        if self.tape is not None:
+            self.tape.watch(rows)
+            self.found.append((unique, rows))
+        return tf.reshape(tf.gather(rows, places), tf.concat([tf.shape(ids), self.shape[1:]], 0))
+
+
+class Pulled:
+    """Inside, each Keras variable is its value as a worker has taken it from the servers, for one step.
+
+    What: swaps `keras.Variable._value`: weights become tensors, what a forward pass may write a `Local`, and the tables that
+    are `by_rows` a `Table`.
+    Why: a compiled function cannot hold a variable of another machine, every read of one would cross the network, and Keras
+    can neither differentiate nor update a ShardedVariable. Upstream: Keras has no public way to bind a variable's value.
+    Versions: Keras 3.10-3.15.
+    """
+
+    def __init__(self, variables: list[keras.Variable], by_rows: tuple[keras.Variable, ...] = ()):
+        self._variables, self._by_rows = list(variables), {id(variable) for variable in by_rows}
+        self.tape: tf.GradientTape | None = None
+
+    def __enter__(self):
+        self._whole = [variable._value for variable in self._variables]
+        for variable, value in zip(self._variables, self._whole, strict=True):
+            parts = plain(value)
+            if id(variable) in self._by_rows:
+                variable._value = Table(parts, variable._dtype, variable._shape)
+                continue
+            read = [part.read_value() for part in parts]
+            tensor = read[0] if len(read) == 1 else tf.concat(read, 0)
+            variable._value = tensor if variable.trainable else Local(tensor)
+        return self
+
+    def __exit__(self, *_):
+        for variable, value in zip(self._variables, self._whole, strict=True):
+            variable._value = value
+
+    # ---- gradients: `train.step` differentiates through these ----
+
+    def watch(self, tape: tf.GradientTape, variables: list[keras.Variable]) -> None:
+        for variable in variables:
+            value = variable._value
+            if isinstance(value, Table):
+                value.tape, value.found = tape, []
+            else:
+                tape.watch(value.tensor if isinstance(value, Local) else value)
+
+    def gradients(self, tape: tf.GradientTape, target: tf.Tensor, variables: list[keras.Variable]) -> list:
+        """None, a tensor, or for a table that is looked up the IndexedSlices of its rows, each row once."""
+        values = [variable._value for variable in variables]
+        sources = [
+            [rows for _, rows in value.found] if isinstance(value, Table)
+            else value.tensor if isinstance(value, Local) else value
+            for value in values
+        ]  # fmt: skip
+        found = tape.gradient(target, sources)
+        return [
+            slices_of_table(value, gradient) if isinstance(value, Table)
+            else None if gradient is None else tf.convert_to_tensor(gradient)
+            for value, gradient in zip(values, found, strict=True)
+        ]  # fmt: skip
+
+
+def slices_of_table(table: Table, gradients: list) -> tf.IndexedSlices | None:
+    pairs = [(ids, g) for (ids, _), g in zip(table.found, gradients, strict=True) if g is not None]
+    if not pairs:
+        return None
+    slices = [tf.IndexedSlices(tf.convert_to_tensor(g), tf.cast(ids, tf.int64), dense_shape(table.shape)) for ids, g in pairs]
+    return add_slices(slices)
+
+
+def dense_shape(shape) -> tf.Tensor:
+    """As IndexedSlices want it."""
+    return tf.constant(tf.TensorShape(shape).as_list(), tf.int64)
+
+
+def add_slices(slices: list[tf.IndexedSlices]) -> tf.IndexedSlices:
+    """Their sum, each row once."""
+    if len(slices) == 1:
+        return slices[0]
+    ids, places = tf.unique(tf.concat([one.indices for one in slices], 0))
+    values = tf.math.unsorted_segment_sum(tf.concat([one.values for one in slices], 0), places, tf.size(ids))
+    return tf.IndexedSlices(values, ids, slices[0].dense_shape)
+
+
+_made: list[Table] | None = None
+
+
+@contextlib.contextmanager
+def watched_tables():
+    """Inside, every `Table` that is made is also put into the list that this gives."""
+    global _made
+    _made = []
+    try:
+        yield _made
+    finally:
+        _made = None
+
+
+@contextlib.contextmanager
+def look_ups_by_row():
+    """Inside, an Embedding whose table is a `Table` looks its rows up on the servers.
+
+    What: `Embedding.call`. Why: `ops.take` reads the whole table first: 25 MB for 16 kB of rows. Keras: no issue known.
+    Versions: Keras 3.10-3.15.
+    """
+    layer = keras.layers.Embedding
+    stock = layer.call
+
+    def call(self, inputs):
+        table = getattr(self, "_embeddings", None)
+        table = table if table is not None else self.embeddings
+        if not isinstance(getattr(table, "_value", None), Table):
+            return stock(self, inputs)
+        ids = tf.convert_to_tensor(inputs)
+        ids = ids if ids.dtype in (tf.int32, tf.int64) else tf.cast(ids, tf.int32)
+        return tf.cast(table._value.look_up(ids), self.compute_dtype)
+
+    layer.call = call
+    try:
+        yield
+    finally:
+        layer.call = stock
+
+
+def tables(layers: list[keras.Layer]) -> list[keras.Variable]:
+    """The tables of stock Embedding layers: trainable, used as they are."""
+    found = [one for one in layers if isinstance(one, keras.layers.Embedding)]
+    plain_ones = [one for one in found if type(one).call is keras.layers.Embedding.call and not one.lora_enabled]
+    held = {id(v): v for one in plain_ones for v in one.trainable_variables if one.embeddings_constraint is None}
+    return list(held.values())
+
+
+# ---- the optimizer, on the servers ----
+
+
+@contextlib.contextmanager
+def on_part(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, place: int, scalars: dict[int, Any]):
+    """Inside, a variable and the optimizer's slots are their parts number `place`, and its scalars the given values.
+
+    What: `keras.Variable._value`. Why: Keras' optimizers raise on a ShardedVariable. Versions: Keras 3.10-3.15.
+    """
+    bound = [variable, *optimizer.variables]
+    before = [one._value for one in bound]
+    for one, value in zip(bound, before, strict=True):
+        if id(one) in scalars:
+            one._value = scalars[id(one)]
+        else:
+            parts = plain(value)
+            one._value = parts[min(place, len(parts) - 1)]
+    try:
+        yield
+    finally:
+        for one, value in zip(bound, before, strict=True):
+            one._value = value
+
+
+@contextlib.contextmanager
+def on_rows(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, rows: tf.Tensor):
+    """Inside `on_part`: the variable and its slots are these rows of theirs alone, written back at the end."""
+    bound = [one for one in (variable, *optimizer.variables) if one._value.shape == variable._value.shape]
+    before = [one._value for one in bound]
+    for one, value in zip(bound, before, strict=True):
+        one._value = Local(tf.gather(value, rows))
+    locals_ = [one._value for one in bound]
+    read = [local.tensor for local in locals_]
+    try:
+        yield
+        for value, local, old in zip(before, locals_, read, strict=True):
+            if local.tensor is not old:
+                value.scatter_update(tf.IndexedSlices(local.tensor, rows))
+    finally:
+        for one, value in zip(bound, before, strict=True):
+            one._value = value
+
+
+def scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor) -> dict[int, Any]:
+    """By id: what its scalar variables are for one update; `count`: how many came before it."""
+    found = {id(v): tf.convert_to_tensor(components(v)[0]) for v in optimizer.variables if not len(v._shape)}
+    return found | {id(optimizer._iterations): tf.cast(count, optimizer._iterations._dtype)}
+
+
+@contextlib.contextmanager
+def bound_scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor):
+    """Inside, the optimizer's scalars are those of one update."""
+    values = scalars(optimizer, count)
+    bound = [v for v in optimizer.variables if id(v) in values]
+    before = [one._value for one in bound]
+    for one in bound:
+        one._value = values[id(one)]
+    try:
+        yield
+    finally:
+        for one, value in zip(bound, before, strict=True):
+            one._value = value
+
+
+def updates_all_at_once(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether it keeps something that changes once per update and belongs to no variable (Nadam).
+
+    What: an own `_backend_update_step`. Why: here each variable is updated by itself. Versions: Keras 3.10-3.15.
+    """
+    return type(optimizer)._backend_update_step is not keras.optimizers.SGD._backend_update_step
+
+
+# ---- placement ----
+
+
+def server_number(device: str) -> int:
+    """Of a variable's device."""
+    return int(device.partition("/task:")[2].partition("/")[0])
+
+
+@contextlib.contextmanager
+def placement(strategy: tf.distribute.Strategy, server_of):
+    """Inside, a variable (and each part of one) goes where `server_of(shape, dtype)` says, and an optimizer's slots go where
+    their variable is, part by part.
+
+    What: `ParameterServerStrategyV2Extended._variable_count`, which chooses the server, and `colocate_with` of a
+    ShardedVariable. Why: in turns, slots end up on other servers than their variables, and every update crosses the
+    network; the slots of a ShardedVariable cannot be made at all. Versions: TensorFlow 2.19-2.21.
+    """
+    extended = strategy.extended
+
+    def creator(next_creator, **kwargs):
+        beside = kwargs.get("colocate_with")
+        if beside is not None:
+            parts = plain(beside)
+            if len(parts) == 1:
+                kwargs["colocate_with"] = parts[0]
+                return next_creator(**kwargs)
+            kwargs.pop("colocate_with")  # of equal shape, it is cut alike; its parts follow each other on the servers
+            extended._variable_count = server_number(parts[0].device)
+            return next_creator(**kwargs)
+        extended._variable_count = server_of(kwargs)
+        return next_creator(**kwargs)
+
+    with tf.variable_creator_scope(creator):
+        yield
+
+
+# ---- the eager runtime ----
+
+
+class Remote:
+    """What one worker executes, in order.
+
+    What: an executor of its own. Why: with the one that all threads share, a worker that dies fails the calls of the others
+    too. That is how ClusterCoordinator does it. Versions: TensorFlow 2.19-2.21.
+    """
+
+    def __init__(self, device: str):
+        from tensorflow.python.eager import executor
+
+        self.device, self._executor = device, executor.new_executor(enable_async=False)
+
+    @contextlib.contextmanager
+    def scope(self):
+        from tensorflow.python.eager import context
+
+        with context.executor_scope(self._executor), tf.device(self.device):
+            yield
+
+
+def connect_again() -> None:
+    """Takes back workers that were restarted at the addresses of lost ones. One thread at a time: two at once crash.
+
+    What: `Context.update_server_def`, as ClusterCoordinator does. Versions: TensorFlow 2.19-2.21.
+    """
+    from tensorflow.python.eager import context
+
+    context.context().update_server_def(context.context()._server_def)

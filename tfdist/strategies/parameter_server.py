@@ -1,0 +1,449 @@
+"""Parameter servers: the chief coordinates, workers compute one step each at their own pace, servers hold the variables."""
+
+import contextlib
+import functools
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tfdist.cluster import preflight, resolve
+from tfdist.cluster.link import supervisor
+from tfdist.cluster.spec import Cluster, check_strategy
+from tfdist.errors import PeerLost, UserError
+from tfdist.patches import servers as patches
+from tfdist.strategies import base, devices, input_checks, layout
+from tfdist.strategies.base import Batch, DatasetFn, InputContext, Steps
+from tfdist.strategies.crew import LOST, Crew, Worker
+from tfdist.strategies.schedule import Schedule, Task
+from tfdist.strategies.serve import serve
+
+PARTITIONERS = ("min_size", "max_size", "fixed", "none")
+_LOOK_EVERY_S = 0.2
+
+
+class ServerStep:
+    """What `ParameterServer.make_steps` is given: `compute(batch, step, part)` -> scalars, traced once for each part and run
+    on a worker; `update()` -> scalars, once for each step after all its parts, run by the chief; `done(step)`, on the chief.
+    """
+
+    compute: Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
+    update: Callable[[], dict[str, tf.Tensor]] | None = None
+
+    def done(self, step: int) -> None:
+        """So many steps are done; nothing of them runs any more."""
+
+
+class ParameterServer:
+    """Asynchronous training: workers read the variables, compute a step, and send gradients, each at its own pace.
+
+    Made by the chief alone; in a worker or a server this serves and never returns.
+
+    Args:
+        cluster: who takes part; default: what the environment says (TF_CONFIG).
+        partitioner: how a variable is cut along its first axis: "min_size" (a part for each server, of at least
+            `min_shard_bytes`), "max_size" (parts of at most `max_shard_bytes`), "fixed" (`num_shards` parts), "none".
+        num_shards: of "fixed", and at most so many of "min_size" and "max_size"; 0: as many as there are servers.
+        max_staleness: so many updates at most between a step's reading and its writing; None: no bound. 0 lets one worker
+            compute at a time. A bound makes fast workers wait for slow ones.
+        gradients_per_update: into so many parts each global batch is split, for as many workers; the update comes when all
+            are there. 1: each worker updates by itself. With more, training is synchronous and equals one device.
+        start_timeout_s: how long to wait for the others when no supervisor has met them already.
+    """
+
+    num_workers, first_replica, is_chief, worker_weights = 1, 0, True, ()  # one process runs the program
+    worker = 0
+
+    def __init__(
+        self, cluster: Cluster | None = None, *, partitioner: str = "min_size", min_shard_bytes: int = 256 << 10,
+        max_shard_bytes: int = 16 << 20, num_shards: int = 0, max_staleness: int | None = None,
+        gradients_per_update: int = 1, start_timeout_s: float = 300.0,
+    ):  # fmt: skip
+        self.cluster = cluster = cluster or resolve.resolve()
+        check_strategy(cluster, "parameter_server")
+        if cluster.task.type in ("worker", "ps"):
+            serve(cluster, start_timeout_s)
+        if cluster.task.type == "evaluator":
+            raise UserError("ParameterServer: expected the chief, found an evaluator, which trains with nobody")
+        if partitioner not in PARTITIONERS:
+            raise UserError(f"partitioner: expected one of {', '.join(PARTITIONERS)}, found {partitioner!r}")
+        if gradients_per_update < 1 or (max_staleness is not None and max_staleness < 0):
+            raise UserError(
+                f"expected gradients_per_update >= 1 and max_staleness >= 0, found {gradients_per_update}, {max_staleness}"
+            )
+        self.num_replicas = self.parts = gradients_per_update
+        self.max_staleness, self.num_servers = max_staleness, len(cluster.ps)
+        self.num_remote_workers = len(cluster.worker)
+        self.tf_strategy = _connect(
+            cluster, self._partitioner(partitioner, min_shard_bytes, max_shard_bytes, num_shards), start_timeout_s
+        )
+        self._bytes_on = [0] * self.num_servers
+        self._stop = threading.Event()
+        self._steps_done = 0
+        self._staleness: Counter[int] = Counter()
+        self._reruns: list[int] = []
+        self.crew = Crew(cluster)
+        supervisor().on_lost(self.crew.abandon)
+        supervisor().watch(self.progress)
+
+    def __repr__(self) -> str:
+        return f"ParameterServer(num_workers={self.num_remote_workers}, num_servers={self.num_servers})"
+
+    # ---- variables ----
+
+    @contextlib.contextmanager
+    def scope(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.tf_strategy.scope())
+            stack.enter_context(patches.placement(self.tf_strategy, self._server_of))
+            for also in base.IN_SCOPE:
+                stack.enter_context(also(self))
+            stack.enter_context(self.peers())
+            yield self
+
+    def _partitioner(self, name: str, min_shard_bytes: int, max_shard_bytes: int, num_shards: int):
+        known, shards = tf.distribute.experimental.partitioners, num_shards or self.num_servers
+        if name == "none" or (name != "max_size" and shards == 1):
+            return None
+        if name == "fixed":
+            return known.FixedShardsPartitioner(shards)
+        if name == "max_size":
+            return known.MaxSizePartitioner(max_shard_bytes, num_shards or None)
+        return known.MinSizePartitioner(min_shard_bytes, shards)
+
+    def _server_of(self, variable: dict[str, Any]) -> int:
+        """The server with the fewest bytes takes the next variable, or the first part of one."""
+        chosen = int(np.argmin(self._bytes_on))
+        value, shape, dtype = (variable.get(name) for name in ("initial_value", "shape", "dtype"))
+        if shape is None and not callable(value) and value is not None:
+            shape = tf.convert_to_tensor(value).shape
+        if shape is not None and tf.TensorShape(shape).is_fully_defined():
+            size = tf.TensorShape(shape).num_elements() * (tf.as_dtype(dtype).size if dtype else 4)
+        else:
+            size = 4096  # its initial value is not known yet
+        self._bytes_on[chosen] += size
+        return chosen
+
+    @functools.cached_property
+    def locks(self) -> list[tf.CriticalSection]:
+        """One on each server: who holds it updates alone there."""
+        found = []
+        for server in range(self.num_servers):
+            with tf.device(f"/job:ps/task:{server}/device:CPU:0"):
+                found.append(tf.CriticalSection(shared_name=f"tfdist/update/{server}"))
+        return found
+
+    def copies(self, variable) -> Sequence[tf.Variable]:
+        return patches.components(variable)
+
+    def lock_of(self, device: str) -> tf.CriticalSection:
+        return self.locks[patches.server_number(device)]
+
+    def components(self, variables, local: int) -> patches.Pulled:
+        """Inside of it they are what a worker has pulled."""
+        return patches.Pulled(variables)
+
+    @contextlib.contextmanager
+    def peers(self):
+        """A server that is gone is `PeerLost`, not a bug of this process."""
+        try:
+            yield
+        except LOST as error:
+            raise PeerLost(f"a server is lost ({type(error).__name__})") from error
+
+    def local_replicas(self) -> int:
+        return 1
+
+    # ---- input ----
+
+    def distribute(
+        self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0, num_steps: int = 0,
+        whole: bool = False,
+    ) -> "ServerInput":  # fmt: skip
+        parts = 1 if whole else self.parts
+        schedule = Schedule(start_step, parts, None if whole else self.max_staleness, self.crew.changed)
+        return ServerInput(self, schedule, dataset_fn, accumulate_steps, start_step, num_steps, whole)
+
+    # ---- steps ----
+
+    def make_steps(self, replica_step) -> Steps:
+        server_step = replica_step if isinstance(replica_step, ServerStep) else _Plain(replica_step)
+        functions = Functions(server_step)
+
+        def steps(iterator: ServerInput, n: int, ahead: int = 0) -> tuple[dict[str, np.ndarray], int]:
+            with self.peers():
+                rows = self._run(iterator, functions, n, ahead)
+            stopped = self._stop.is_set()
+            self._steps_done += len(rows)
+            if rows and "staleness" in functions.names:
+                self._staleness.update(int(row[functions.names.index("staleness")]) for row in rows)
+            server_step.done(iterator.step)
+            columns = np.array(rows).T if rows else np.zeros([len(functions.names), 0])
+            outputs = dict(zip(functions.names, columns, strict=True))
+            outputs["stop"] = np.zeros([len(rows)])
+            if stopped:
+                outputs["stop"] = np.append(np.zeros([max(len(rows) - 1, 0)]), 1.0)
+            return outputs, len(rows)
+
+        return steps
+
+    def _run(self, iterator: "ServerInput", functions: "Functions", n: int, ahead: int) -> list[np.ndarray]:
+        """The rows of outputs of the next `n` steps, in the order in which they ended."""
+        schedule = iterator.schedule
+        functions.trace(iterator)
+        until = iterator.step + n + ahead
+        schedule.allow(until if iterator.end is None else min(until, iterator.end))
+        if not iterator.is_begun:
+            self.crew.begin(schedule, functools.partial(functions.run, iterator))
+            iterator.is_begun = True
+        rows: list[np.ndarray] = []
+        reruns = len(schedule.reruns)
+        while len(rows) < n or self._stop.is_set() or iterator.has_ended:
+            if self._stop.is_set():
+                schedule.stop()
+            quiet = schedule.is_quiet
+            for task, _, row in schedule.results(1, _LOOK_EVERY_S):
+                valid, row = bool(row[0]), row[1:]
+                if not valid:
+                    iterator.has_ended = True
+                    schedule.stop()
+                    continue
+                if not self._is_whole(iterator, task, row):
+                    continue
+                rows.append(functions.update() if functions.updates else row)
+                if schedule.parts > 1:
+                    schedule.step_applied()
+                iterator.step += 1
+            if quiet and not schedule.finished:
+                break
+        if again := schedule.reruns[reruns:]:
+            self._reruns += again
+        if iterator.has_ended or self._stop.is_set() or iterator.step == iterator.end:
+            self.crew.end(schedule)
+        return rows
+
+    def _is_whole(self, iterator: "ServerInput", task: Task, row: np.ndarray) -> bool:
+        """Whether all parts of a task's step are there."""
+        if iterator.schedule.parts == 1:
+            return True
+        there = iterator.parts_done.setdefault(task.step, {})
+        there[task.part] = row
+        if len(there) < iterator.schedule.parts:
+            return False
+        del iterator.parts_done[task.step]
+        return True
+
+    def report(self) -> dict[str, Any]:
+        """What happened so far: steps of each worker, how many updates came between a step's reading and its writing, and
+        which steps were run again because their worker was lost."""
+        return {
+            "steps": {worker.name: worker.steps_done for worker in self.crew.workers},
+            "staleness": {str(updates): count for updates, count in sorted(self._staleness.items())},
+            "rerun_steps": list(self._reruns),
+        }
+
+    def request_stop(self, requested: bool = True) -> None:
+        self._stop.set() if requested else self._stop.clear()
+
+    def stop_requested(self) -> tf.Tensor:
+        return tf.constant(int(self._stop.is_set()))
+
+    def progress(self) -> tuple[int, int]:
+        done = sum(worker.steps_done for worker in self.crew.workers)
+        return done, self._steps_done
+
+    # ---- one process runs the program ----
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        return [message]
+
+    def broadcast(self, data: bytes) -> bytes:
+        return data
+
+    def barrier(self) -> None:
+        """Nobody else to wait for."""
+
+    def close(self) -> None:
+        self.crew.close()
+
+
+class _Plain(ServerStep):
+    """A replica step that changes nothing: an evaluation."""
+
+    def __init__(self, replica_step):
+        self._step = replica_step
+
+    def compute(self, batch: Batch, step: tf.Tensor, part: int) -> dict[str, tf.Tensor]:
+        outputs = self._step(batch, tf.constant(0), 0)
+        return {name: value for name, value in outputs.items() if name != "stop"}
+
+
+class ServerInput:
+    """The input of one run of steps: on each worker an iterator, made when it is first needed there."""
+
+    def __init__(
+        self, strategy: ParameterServer, schedule: Schedule, dataset_fn: DatasetFn, accumulate_steps: int, start_step: int,
+        num_steps: int, whole: bool,
+    ):  # fmt: skip
+        self.schedule, self.step = schedule, start_step
+        self.is_begun = self.has_ended = False
+        self.parts_done: dict[int, dict[int, np.ndarray]] = {}
+        self._dataset_fn, self._accumulate_steps = dataset_fn, accumulate_steps
+        self._making = threading.Lock()
+        context = self._context(0, start_step)
+        dataset = dataset_fn(context)
+        input_checks.check_order(dataset, context)
+        self.by_number = context.steps_were_read
+        if start_step and not context.start_step_was_read:
+            logging.info("dataset_fn does not use start_step: workers read and drop the first %d batches", start_step)
+            dataset = dataset.skip(start_step)
+        input_checks.check_length(dataset, start_step, num_steps, whole)
+        self._rows = [self._rows_of(part) for part in range(schedule.parts)]
+        self.spec = self._lay_out(dataset, 0).element_spec
+        batches = int(dataset.cardinality())
+        self.end = context.end if self.by_number else start_step + batches if batches >= 0 else None
+
+    def _context(self, part: int, start_step: int, given=None) -> InputContext:
+        arguments = (part, self.schedule.parts, self.schedule.parts, start_step)
+        return InputContext.of_steps(given, *arguments) if given else InputContext(*arguments)
+
+    def _rows_of(self, part: int) -> int:
+        dataset = self._dataset_fn(self._context(part, 0))
+        rows = layout.static_rows(dataset)
+        return layout.first_rows(dataset) if rows is None else rows
+
+    def _lay_out(self, dataset: tf.data.Dataset, part: int) -> tf.data.Dataset:
+        return layout.lay_out(dataset, self._rows, part, self._accumulate_steps, 1)
+
+    def feed(self, worker: Worker, task: Task) -> tuple[Any, tf.Tensor, int]:
+        """(iterator, queue of step numbers, how many elements to drop first) for a task, on its worker."""
+        key = (id(self), task.part)
+        made = worker.made.get(key)
+        if made is None or (not self.by_number and made[2] > task.step):
+            with self._making:  # dataset functions are the user's, and run in one thread at a time
+                with tf.device(f"{worker.device}/device:CPU:0"):
+                    made = self._make(task)
+        iterator, queue, at = made
+        worker.made[key] = (iterator, queue, task.step + 1)
+        return iterator, queue.queue_ref, task.step - at
+
+    def _make(self, task: Task):
+        queue = tf.queue.FIFOQueue(1 << 20, [tf.int64], [[]])
+
+        def given():
+            endless = tf.data.Dataset.from_tensors(0).repeat()
+            return endless.map(lambda _: queue.dequeue())
+
+        context = self._context(task.part, task.step, given if self.by_number else None)
+        dataset = self._dataset_fn(context)
+        if not context.start_step_was_read and task.step:
+            dataset = dataset.skip(task.step)
+        laid_out = self._lay_out(dataset, task.part).with_options(_options())
+        return iter(laid_out), queue, task.step
+
+
+class Functions:
+    """The functions of one `ServerStep`, traced for an input and run on the workers."""
+
+    def __init__(self, server_step: ServerStep):
+        self._step, self._traced = server_step, {}
+        self.updates = server_step.update is not None
+        self._update, self.names = None, []  # names filled while a function is traced
+
+    def trace(self, iterator: ServerInput) -> None:
+        """In the program's own thread: Keras' state is bound while a function is traced."""
+        for part in range(iterator.schedule.parts):
+            key = self._key(iterator, part)
+            if key not in self._traced:
+                function = self._function(part, iterator.by_number)
+                self._traced[key] = function.get_concrete_function(
+                    tf.data.IteratorSpec(iterator.spec), tf.TensorSpec([], tf.resource), tf.TensorSpec([], tf.int64),
+                    tf.TensorSpec([], tf.int64),
+                )  # fmt: skip
+        if self.updates and self._update is None:
+
+            @tf.function(autograph=False)
+            def update():
+                outputs = self._step.update()
+                self.names[:] = [*outputs, "data_wait_s"]
+                return tf.stack([tf.cast(value, tf.float64) for value in (*outputs.values(), 0.0)])
+
+            self._update = update.get_concrete_function()
+
+    def _key(self, iterator: ServerInput, part: int):
+        return part, iterator.by_number, str(iterator.spec)
+
+    def _function(self, part: int, by_number: bool):
+        @tf.function(autograph=False)
+        def on_worker(iterator, queue, drop, step):
+            asked_s = tf.timestamp()
+            with tf.control_dependencies([asked_s]):
+                if by_number:
+                    ready = tf.raw_ops.QueueEnqueueV2(handle=queue, components=[step])
+                else:
+
+                    def dropped(i):
+                        with tf.control_dependencies(tf.nest.flatten(next(iterator))):
+                            return (i + 1,)
+
+                    (ready,) = tf.while_loop(lambda i: i < drop, dropped, (tf.zeros([], tf.int64),), parallel_iterations=1)
+            with tf.control_dependencies([ready]):
+                batch = next(iterator)
+            with tf.control_dependencies(tf.nest.flatten(batch)):
+                data_wait_s = tf.timestamp() - asked_s
+            outputs = self._step.compute(tf.nest.map_structure(lambda t: t[0], batch), step, part)
+            valid = outputs.pop("valid")
+            outputs["data_wait_s"] = data_wait_s
+            if not self.updates:
+                self.names[:] = list(outputs)
+            return tf.stack([tf.cast(value, tf.float64) for value in (valid, *outputs.values())])
+
+        return on_worker
+
+    def run(self, iterator: ServerInput, worker: Worker, task: Task) -> np.ndarray:
+        fed, queue, drop = iterator.feed(worker, task)
+        function = self._traced[self._key(iterator, task.part)]
+        return function(fed, queue, tf.constant(drop, tf.int64), tf.constant(task.step, tf.int64)).numpy()
+
+    def update(self) -> np.ndarray:
+        return self._update().numpy()
+
+
+def _options() -> tf.data.Options:
+    """See `sync`: giving up an iterator waits for the thread that tunes."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options
+
+
+def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distribute.experimental.ParameterServerStrategy:
+    """Blocks until all workers and servers serve."""
+    if not supervisor().is_there:
+        preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
+    devices.worker_devices(0)
+    supervisor().phase("connect")
+    handler = signal.getsignal(signal.SIGTERM)
+    members = {job: addresses for job, addresses in cluster.jobs().items() if job != "evaluator"}
+    try:
+        strategy = tf.distribute.experimental.ParameterServerStrategy(
+            tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec(members), task_type="chief", task_id=0, rpc_layer="grpc"
+            ),
+            variable_partitioner=partitioner,
+        )
+    except RuntimeError as error:
+        if "startup" not in str(error) and "initialized" not in str(error):
+            raise
+        raise UserError(
+            "expected tfdist.ParameterServer before any other TensorFlow work, found that TensorFlow has already started (a "
+            "tensor, a variable or another strategy was made); make the strategy first"
+        ) from error
+    supervisor().phase("build")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    return strategy
