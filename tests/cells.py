@@ -3,10 +3,12 @@
     python tests/cells.py mirrored:2 float64 out.npz [CELL ...]
 
 writes the losses of every step and every variable on every replica of those cells. `multi_worker:2x1`
-(workers x devices) is one worker of a cluster and writes out.npz.0, out.npz.1.
+(workers x devices) is one worker of a cluster and writes out.npz.0, out.npz.1; `parameter_server:2x3x2` is one task of a
+cluster of 2 workers and 3 servers, that cuts each batch in 2.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -29,6 +31,16 @@ CELLS: dict[str, Callable[["Bench"], None]] = {}
 # cells that compute in 16 bits run in one precision only, and cannot agree to more than they compute with
 SIXTEEN_BITS: dict[str, float] = {}
 ON_TWO_REPLICAS_ONLY: set[str] = set()
+REMOTE: list[str] = []  # not empty: pipelines run on other processes
+NOT_ON_SERVERS = {  # whose optimizer, or Python in the input, parameter servers refuse; tests of their own say so
+    "convolution_with_batch_norm_accumulation_and_adafactor", "muon_on_hidden_layers",
+    "mixed_float16_with_an_overflow_on_one_replica", "pipelines_that_end_at_different_steps",
+}
+NOT_IN_PARTS = NOT_ON_SERVERS | {  # with `gradients_per_update`: statistics of layers, and several outputs
+    "batch_norm_with_empty_replicas_and_added_losses", "a_model_that_keeps_tensors_across_batch_norms",
+    "added_losses_and_what_layers_count", "several_inputs_and_outputs_with_their_own_weights",
+    "frozen_layers_missing_gradients_and_averaged_evaluation", "a_step_that_is_not_finite_is_skipped_by_all",
+}
 ALONE = {"every_other_optimizer"}  # many runs: it has a process, and a slow test, of its own
 
 # true gradient zero: a key bias shifts all scores of a query alike, so its gradient is rounding noise, which Adam scales up
@@ -102,12 +114,17 @@ class Bench:
         self.results[f"{prefix}skipped"] = np.array([row["step"] for row in skipped])
         self.results[f"{prefix}who"] = np.array([f"{row['not_finite']}|{row['replica']}" for row in skipped])
         for key, variable in trainer.state.values().items():
-            copies = self.strategy.tf_strategy.experimental_local_results(variable.value)
-            self.results[f"{prefix}var/{key}"] = np.stack([copy.numpy() for copy in copies])
+            self.results[f"{prefix}var/{key}"] = self.copies(variable)
         evaluated = trainer.evaluate(lambda context: dataset(batches, context).take(len(batches)))
         numbers = [evaluated.loss, evaluated.weight, evaluated.tokens, *evaluated.metrics.values()]
         self.results[f"{prefix}eval"] = np.array(numbers)
         return trainer
+
+    def copies(self, variable) -> np.ndarray:
+        """Its value on each replica of this process; the parts of one on servers as one."""
+        parts = [part.numpy() for part in self.strategy.copies(variable)]
+        whole = self.strategy.num_servers and parts[0].ndim
+        return np.concatenate(parts)[None] if whole else np.stack(parts)
 
     def cast(self, batches: list[tuple]) -> list[tuple]:
         """NumPy draws in float64."""
@@ -148,6 +165,9 @@ def dataset(batches: list[tuple], context, micro_batches: int = 1) -> tf.data.Da
         tf.nest.map_structure(lambda a, size=size: a[rows[rows < size]], batch)
         for size, batch in zip(sizes, batches, strict=True)
     ]
+    if REMOTE:  # what runs there is TensorFlow alone
+        data = functools.reduce(tf.data.Dataset.concatenate, map(tf.data.Dataset.from_tensors, mine))
+        return data.repeat().skip(context.start_step)
     spec = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), batches[0])
     data = tf.data.Dataset.from_generator(lambda: iter(mine), output_signature=spec)
     return data.repeat().skip(context.start_step)
@@ -458,8 +478,7 @@ def a_step_that_is_not_finite_is_skipped_by_all(bench: Bench) -> None:
     trainer = bench.train(make_model, adamw, lambda y, p: tf.square(p[:, 0] - y), batches, clip_norm=1.0)
 
     def copies():  # of every variable on every replica but the number of the step, which counts skipped ones too
-        values = [v for key, v in trainer.state.values().items() if key != "step"]
-        return [c.numpy() for v in values for c in bench.strategy.tf_strategy.experimental_local_results(v.value)]
+        return [bench.copies(v) for key, v in trainer.state.values().items() if key != "step"]
 
     before = copies()
     iterator = bench.strategy.distribute(lambda context: dataset(bench.cast(batches[3:4]), context))
@@ -558,6 +577,10 @@ def stock_dropout_differs_between_replicas(bench: Bench) -> None:
 
 def make_strategy(name: str):
     kind, _, count = name.partition(":")
+    if kind == "parameter_server":  # workers x servers, and into how many parts a batch is cut
+        REMOTE.append(name)
+        parts = int([*count.split("x"), "1"][2])
+        return tfdist.ParameterServer(min_shard_bytes=64, max_staleness=0, gradients_per_update=parts)
     if kind == "multi_worker":
         return tfdist.MultiWorkerMirrored(num_devices=int(count.partition("x")[2]))
     return tfdist.OneDevice() if kind == "one_device" else tfdist.Mirrored(int(count))

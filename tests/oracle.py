@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from cells import ALONE, CELLS, ON_TWO_REPLICAS_ONLY, SIXTEEN_BITS, ZERO_GRADIENT
+from cells import ALONE, CELLS, NOT_IN_PARTS, NOT_ON_SERVERS, ON_TWO_REPLICAS_ONLY, SIXTEEN_BITS, ZERO_GRADIENT
 from processes import run
 
 OWN = ("|traces", "|collectives")  # of a strategy, as is a stock layer's mask
@@ -17,6 +17,8 @@ EXACT = ("tokens", "skipped", "who", "scales")  # equal whatever the precision
 def cells_of(strategy: str, dtype: str) -> tuple[str, ...]:
     """The cells that run together on a strategy: those in 16 bits in one precision only, some on two replicas only."""
     alone = ALONE | (set() if strategy in ("one_device", "mirrored:2") else ON_TWO_REPLICAS_ONLY)
+    if strategy.startswith("parameter_server"):
+        alone = alone | (NOT_IN_PARTS if strategy.count("x") > 1 else NOT_ON_SERVERS)
     return tuple(cell for cell in CELLS if cell not in alone and not (dtype == "float32" and cell in SIXTEEN_BITS))
 
 
@@ -39,6 +41,10 @@ def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...], program
         kind, _, shape = strategy.partition(":")
         if kind == "multi_worker":
             launch = ["-m", "tfdist.cli", "launch", f"--workers={shape.partition('x')[0]}", f"--log_dir={folder}"]
+            program = [*launch, "--", "python", *program]
+        if kind == "parameter_server":
+            workers, servers, *_ = shape.split("x")
+            launch = ["-m", "tfdist.cli", "launch", f"--workers={workers}", f"--ps={servers}", f"--log_dir={folder}"]
             program = [*launch, "--", "python", *program]
         done = run(program, limit_s=600)
         if done.returncode != 0:
@@ -75,7 +81,9 @@ def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tupl
             assert list(one) == list(copies), (key, one, copies)
             continue
         if "|var/" in key:
-            assert len(copies) == math.prod(map(int, strategy.partition(":")[2].split("x"))), "one copy per replica"
+            shape = strategy.partition(":")[2].split("x")
+            expected_copies = 1 if strategy.startswith("parameter_server") else math.prod(map(int, shape))
+            assert len(copies) == expected_copies, "one copy per replica"
             one = one[0]
             worst = np.abs(copies.astype(np.float64) - one).max() / max(np.abs(one).max(), 1e-3)
         else:

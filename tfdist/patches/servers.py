@@ -41,8 +41,12 @@ class Local:
     def __getattr__(self, name: str):
         return getattr(self.__dict__["tensor"], name)
 
+    @property
+    def _unique_id(self) -> str:
+        return f"local_{id(self)}"
+
     def __tf_tensor__(self, dtype=None, name=None):
-        return tf.convert_to_tensor(self.tensor, dtype, name)
+        return tf.convert_to_tensor(self.tensor, dtype, name=name)
 
     def assign(self, value, *args, **kwargs):
         self.tensor = tf.cast(value, self.tensor.dtype)
@@ -72,7 +76,7 @@ class Table:
     def __tf_tensor__(self, dtype=None, name=None):
         self.was_read_whole = True
         parts = [part.read_value() for part in self.parts]
-        return tf.convert_to_tensor(parts[0] if len(parts) == 1 else tf.concat(parts, 0), dtype, name)
+        return tf.convert_to_tensor(parts[0] if len(parts) == 1 else tf.concat(parts, 0), dtype, name=name)
 
     def look_up(self, ids: tf.Tensor) -> tf.Tensor:
         """ids [...] -> rows [..., dim]."""
@@ -215,43 +219,76 @@ def tables(layers: list[keras.Layer]) -> list[keras.Variable]:
 
 
 @contextlib.contextmanager
-def on_part(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, place: int, scalars: dict[int, Any]):
-    """Inside, a variable and the optimizer's slots are their parts number `place`, and its scalars the given values.
+def _bound(values: list[tuple[keras.Variable, Any]]):
+    """Inside, each variable has that value, and the shape of it.
 
-    What: `keras.Variable._value`. Why: Keras' optimizers raise on a ShardedVariable. Versions: Keras 3.10-3.15.
+    What: `keras.Variable._value`, `_shape`. Versions: Keras 3.10-3.15.
     """
-    bound = [variable, *optimizer.variables]
-    before = [one._value for one in bound]
-    for one, value in zip(bound, before, strict=True):
-        if id(one) in scalars:
-            one._value = scalars[id(one)]
-        else:
-            parts = plain(value)
-            one._value = parts[min(place, len(parts) - 1)]
+    before = [(variable, variable._value, variable._shape) for variable, _ in values]
+    for variable, value in values:
+        variable._value, variable._shape = value, tuple(value.shape)
     try:
         yield
     finally:
-        for one, value in zip(bound, before, strict=True):
-            one._value = value
+        for variable, value, shape in before:
+            variable._value, variable._shape = value, shape
+
+
+@contextlib.contextmanager
+def _known(optimizer: keras.optimizers.Optimizer, variable: keras.Variable):
+    """Inside, the optimizer finds what it keeps for a variable that is bound to something else.
+
+    What: `Optimizer._trainable_variables_indices`, `_var_key`. Versions: Keras 3.10-3.15.
+    """
+    indices, key = optimizer._trainable_variables_indices, optimizer._var_key(variable)
+    before = indices.get(key)
+    indices[key] = _index_of(optimizer, variable)
+    try:
+        yield
+    finally:
+        indices.pop(key) if before is None else indices.update({key: before})
+
+
+def _index_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> int:
+    return next(i for i, one in enumerate(optimizer._trainable_variables) if one is variable)
+
+
+@contextlib.contextmanager
+def on_part(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, place: int, scalars: dict[int, Any]):
+    """Inside, a variable and the optimizer's slots are their parts number `place`, and its scalars the given values.
+    Why: Keras' optimizers raise on a ShardedVariable."""
+
+    def value(one: keras.Variable):
+        parts = components(one)
+        return scalars[id(one)] if id(one) in scalars else parts[min(place, len(parts) - 1)]
+
+    with _bound([(one, value(one)) for one in (variable, *optimizer.variables)]), _known(optimizer, variable):
+        yield
 
 
 @contextlib.contextmanager
 def on_rows(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, rows: tf.Tensor):
     """Inside `on_part`: the variable and its slots are these rows of theirs alone, written back at the end."""
-    bound = [one for one in (variable, *optimizer.variables) if one._value.shape == variable._value.shape]
-    before = [one._value for one in bound]
-    for one, value in zip(bound, before, strict=True):
-        one._value = Local(tf.gather(value, rows))
-    locals_ = [one._value for one in bound]
-    read = [local.tensor for local in locals_]
-    try:
+    shape = variable._value.shape
+    bound = [(one, one._value, Local(tf.gather(one._value, rows)))
+             for one in (variable, *_slots_of(optimizer, variable)) if one._value.shape == shape]  # fmt: skip
+    read = [local.tensor for _, _, local in bound]
+    with _bound([(one, local) for one, _, local in bound]), _known(optimizer, variable):
         yield
-        for value, local, old in zip(before, locals_, read, strict=True):
-            if local.tensor is not old:
-                value.scatter_update(tf.IndexedSlices(local.tensor, rows))
-    finally:
-        for one, value in zip(bound, before, strict=True):
-            one._value = value
+    for (_, part, local), old in zip(bound, read, strict=True):
+        if local.tensor is not old:
+            part.scatter_update(tf.IndexedSlices(local.tensor, rows))
+
+
+def _slots_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> list[keras.Variable]:
+    """What the optimizer keeps for it.
+
+    What: the lists of an optimizer that run beside `_trainable_variables`. Versions: Keras 3.10-3.15.
+    """
+    index = _index_of(optimizer, variable)
+    own, number = {id(one) for one in optimizer.variables}, len(optimizer._trainable_variables)
+    lists = [value for value in vars(optimizer).values() if isinstance(value, list) and len(value) == number]
+    return [value[index] for value in lists if id(value[index]) in own]
 
 
 def scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor) -> dict[int, Any]:
@@ -264,15 +301,8 @@ def scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor) -> dict[int
 def bound_scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor):
     """Inside, the optimizer's scalars are those of one update."""
     values = scalars(optimizer, count)
-    bound = [v for v in optimizer.variables if id(v) in values]
-    before = [one._value for one in bound]
-    for one in bound:
-        one._value = values[id(one)]
-    try:
+    with _bound([(one, values[id(one)]) for one in optimizer.variables if id(one) in values]):
         yield
-    finally:
-        for one, value in zip(bound, before, strict=True):
-            one._value = value
 
 
 def updates_all_at_once(optimizer: keras.optimizers.Optimizer) -> bool:

@@ -428,6 +428,7 @@ def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distri
     devices.worker_devices(0)
     supervisor().phase("connect")
     handler = signal.getsignal(signal.SIGTERM)
+    tf.get_logger().setLevel("WARNING")  # it says its whole configuration
     members = {job: addresses for job, addresses in cluster.jobs().items() if job != "evaluator"}
     try:
         strategy = tf.distribute.experimental.ParameterServerStrategy(
