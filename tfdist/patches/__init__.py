@@ -145,17 +145,18 @@ def apply_to(optimizer: keras.optimizers.Optimizer, gradient, variable) -> None:
     _apply_weight_decay(optimizer, [variable])
     _update_steps(optimizer, [gradient], [variable])
     if optimizer.use_ema:
-        _update_moving_average(optimizer, variable)
+        update_moving_average(optimizer, variable)
     if variable.constraint is not None:
         variable.assign(variable.constraint(variable))
 
 
-def _update_moving_average(optimizer, variable) -> None:
+def update_moving_average(optimizer: keras.optimizers.Optimizer, variable) -> None:
+    """Of one variable, also one without gradient."""
     for one, average in moving_averages(optimizer):
         if one is not variable:
             continue
-        momentum = keras.ops.where(optimizer.iterations > 0, optimizer.ema_momentum, 0.0)
-        momentum = keras.ops.cast(momentum, average.dtype)
+        not_first = keras.ops.cast(keras.ops.not_equal(optimizer.iterations, 0), average.dtype)
+        momentum = not_first * optimizer.ema_momentum
         average.assign(momentum * average + (1 - momentum) * variable)
         if optimizer.ema_overwrite_frequency:
             due = keras.ops.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)

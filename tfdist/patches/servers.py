@@ -182,11 +182,12 @@ def watched_tables():
 
 
 @contextlib.contextmanager
-def look_ups_by_row():
-    """Inside, an Embedding whose table is a `Table` looks its rows up on the servers.
+def pulled_values():
+    """Inside, layers work with what `Pulled` puts in place of their variables.
 
-    What: `Embedding.call`. Why: `ops.take` reads the whole table first: 25 MB for 16 kB of rows. Keras: no issue known.
-    Versions: Keras 3.10-3.15.
+    What: `Embedding.call`: looks up the rows of a `Table` on the servers; `ops.take` would read all of it first, 25 MB for
+    16 kB of rows. `tf.recompute_grad`: keeps activations instead; it finds no gradient for weights that are no variables.
+    Keras: no issue known. Versions: Keras 3.10-3.15, TensorFlow 2.19-2.21.
     """
     layer = keras.layers.Embedding
     stock = layer.call
@@ -201,10 +202,12 @@ def look_ups_by_row():
         return tf.cast(table._value.look_up(ids), self.compute_dtype)
 
     layer.call = call
+    recompute = tf.recompute_grad
+    tf.recompute_grad = lambda fn: fn
     try:
         yield
     finally:
-        layer.call = stock
+        layer.call, tf.recompute_grad = stock, recompute
 
 
 def tables(layers: list[keras.Layer]) -> list[keras.Variable]:

@@ -29,11 +29,11 @@ _LOOK_EVERY_S = 0.2
 
 class ServerStep:
     """What `ParameterServer.make_steps` is given: `compute(batch, step, part)` -> scalars, traced once for each part and run
-    on a worker; `update()` -> scalars, once for each step after all its parts, run by the chief; `done(step)`, on the chief.
+    on a worker; `update(step)` -> scalars, once for each step after all its parts, run by the chief; `done(step)`, on the chief.
     """
 
     compute: Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
-    update: Callable[[], dict[str, tf.Tensor]] | None = None
+    update: Callable[[tf.Tensor], dict[str, tf.Tensor]] | None = None
 
     def done(self, step: int) -> None:
         """So many steps are done; nothing of them runs any more."""
@@ -215,7 +215,7 @@ class ParameterServer:
                     continue
                 if not self._is_whole(iterator, task, row):
                     continue
-                rows.append(functions.update() if functions.updates else row)
+                rows.append(functions.update(task.step) if functions.updates else row)
                 if schedule.parts > 1:
                     schedule.step_applied()
                 iterator.step += 1
@@ -368,12 +368,12 @@ class Functions:
         if self.updates and self._update is None:
 
             @tf.function(autograph=False)
-            def update():
-                outputs = self._step.update()
+            def update(step):
+                outputs = self._step.update(step)
                 self.names[:] = [*outputs, "data_wait_s"]
                 return tf.stack([tf.cast(value, tf.float64) for value in (*outputs.values(), 0.0)])
 
-            self._update = update.get_concrete_function()
+            self._update = update.get_concrete_function(tf.TensorSpec([], tf.int64))
 
     def _key(self, iterator: ServerInput, part: int):
         return part, iterator.by_number, str(iterator.spec)
@@ -410,8 +410,8 @@ class Functions:
         function = self._traced[self._key(iterator, task.part)]
         return function(fed, queue, tf.constant(drop, tf.int64), tf.constant(task.step, tf.int64)).numpy()
 
-    def update(self) -> np.ndarray:
-        return self._update().numpy()
+    def update(self, step: int) -> np.ndarray:
+        return self._update(tf.constant(step, tf.int64)).numpy()
 
 
 def _options() -> tf.data.Options:

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     index: int  # of the trainable variable
     place: int  # of the part
     part: tf.Variable
-    gradient: tf.Tensor | tf.IndexedSlices  # of the part's own rows
+    gradient: tf.Tensor | tf.IndexedSlices | None  # of the part's own rows; None: its average alone moves
     at: str | None  # the device where it is; None: here
 
     @property
@@ -51,6 +51,8 @@ class TrainStep(ServerStep):
 
     def compute(self, batch: Batch, step_number: tf.Tensor, part: int) -> dict[str, tf.Tensor]:
         replica = Replica(0, part, self.strategy.parts)
+        if self.by_rows is None and self.options.whole_tables:
+            self.by_rows = ()
         if self.by_rows is None:
             self.by_rows = looked_up_only(self.state, lambda: self._sums(batch, step_number, replica, tuple(self._tables())))
         began_at = tf.identity(self.updates.counter)
@@ -60,7 +62,7 @@ class TrainStep(ServerStep):
         pieces = cut(self.state.trainable, gradients)
         if self.slots is None:
             return self.updates.apply(pieces, stats, written, began_at)
-        self.slots.put(part, pieces, stats, written)
+        self.slots.put(step_number, part, pieces, stats)
         return {"valid": stats[3] > 0}
 
     def _tables(self) -> list[keras.Variable]:
@@ -70,7 +72,7 @@ class TrainStep(ServerStep):
     def _sums(self, batch: Batch, step_number: tf.Tensor, replica: Replica, by_rows: tuple[keras.Variable, ...]):
         """Gradients, stats [5] and what the forward pass wrote, less what was there before."""
         state, compiled = self.state, self.options.jit_compile and not by_rows
-        with servers.Pulled([*state.model.variables, state.step], by_rows) as pulled, servers.look_ups_by_row():
+        with servers.Pulled([*state.model.variables, state.step], by_rows) as pulled, servers.pulled_values():
             state.step._value.assign(step_number)
             before = [variable._value.tensor for variable in state.written_by_forward]
             totals = output_weights(self.loss, batch.weight)
@@ -90,9 +92,9 @@ class TrainStep(ServerStep):
                 local.tensor = tensor
             return gradients, stats, list(zip(state.written_by_forward, before, after, strict=True))
 
-    def _update_from_slots(self) -> dict[str, tf.Tensor]:
-        pieces, stats, written = self.slots.sums(self.state.trainable)
-        outputs = self.updates.apply(pieces, stats, written, tf.identity(self.updates.counter))
+    def _update_from_slots(self, step_number: tf.Tensor) -> dict[str, tf.Tensor]:
+        pieces, stats = self.slots.sums(step_number)
+        outputs = self.updates.apply(pieces, stats, [], tf.identity(self.updates.counter))
         del outputs["valid"]
         return outputs
 
@@ -184,6 +186,15 @@ def cut(variables: list[keras.Variable], gradients: list) -> list[Piece]:
     return pieces
 
 
+def parts_without(variables: list[keras.Variable], found) -> list[Piece]:
+    """All parts of the variables whose index is not among those `found`."""
+    return [
+        Piece(index, place, part, None, None)
+        for index, variable in enumerate(variables) if index not in found
+        for place, part in enumerate(servers.components(variable))
+    ]  # fmt: skip
+
+
 # ---- updating ----
 
 
@@ -223,12 +234,15 @@ class Updates:
         limit = self.options.clip_norm or own.global_clipnorm or 0.0
         for index, square in squares.items():
             if limit:
-                factor[index] = limit / tf.maximum(norm, tf.cast(limit, norm.dtype))
+                factor[index] = limit / tf.maximum(norm, tf.constant(limit, norm.dtype))
             elif own.clipnorm:
-                factor[index] = own.clipnorm / tf.maximum(tf.sqrt(square), tf.cast(own.clipnorm, square.dtype))
+                factor[index] = own.clipnorm / tf.maximum(tf.sqrt(square), tf.constant(own.clipnorm, square.dtype))
         by_server: dict[str, list[Piece]] = {}
         for piece, _, _ in checked:
             by_server.setdefault(piece.part.device, []).append(piece)
+        if own.use_ema:
+            for piece in parts_without(self.state.trainable, squares):
+                by_server.setdefault(piece.part.device, []).append(piece)
         updated = [self._on_server(device, mine, factor, applied, count) for device, mine in by_server.items()]
         updated += [_add_change(variable, before, after, applied) for variable, before, after in written]
         skipped = (valid > 0) & ~tf.reduce_all(finite)
@@ -271,6 +285,9 @@ class Updates:
         with tf.device(device):
             here = []
             for piece in pieces:
+                if piece.gradient is None:
+                    here.append(piece)
+                    continue
                 values = tf.identity(piece.values)
                 if piece.index in factor:
                     values = values * tf.cast(factor[piece.index], values.dtype)
@@ -279,13 +296,15 @@ class Updates:
                 here.append(piece.with_values(values))
             scalars = {key: tf.identity(value) for key, value in servers.scalars(optimizer, count).items()}
             do = tf.identity(applied)
-            arrived = [tensor for piece in here for tensor in tf.nest.flatten(piece.gradient, expand_composites=True)]
+            arrived = tf.nest.flatten([p.gradient for p in here if p.gradient is not None], expand_composites=True)
 
             def update():
                 for piece in here:
                     variable, gradient = trainable[piece.index], piece.gradient
                     with servers.on_part(optimizer, variable, piece.place, scalars):
-                        if isinstance(gradient, tf.IndexedSlices) and self.rows_alone:
+                        if gradient is None:
+                            patches.update_moving_average(optimizer, variable)
+                        elif isinstance(gradient, tf.IndexedSlices) and self.rows_alone:
                             with servers.on_rows(optimizer, variable, gradient.indices):
                                 patches.apply_to(optimizer, gradient.values, variable)
                         else:
@@ -322,50 +341,51 @@ def _add_change(variable: keras.Variable, before: tf.Tensor, after: tf.Tensor, a
 
 
 class Slots:
-    """The gradients of the parts of one step, on the servers, until all are there. A part that is computed again takes the
-    place of the first one, so that none counts twice."""
+    """The gradients of the parts of a step, on the servers, until all are there. A part that is computed again finds its
+    place taken, so that none counts twice."""
 
     def __init__(self, parts: int):
-        self.parts = parts
-        self.held: dict[tuple[int, int, int], tuple[tf.Variable, ...]] = {}  # (part, index, place) -> (values, ids)
-        self.stats: dict[int, tf.Variable] = {}
+        self.parts, self.pieces, self.stats = parts, [], None  # what a step puts there: the same for each of its parts
 
-    def put(self, part: int, pieces: list[Piece], stats: tf.Tensor, written: list) -> None:
-        for piece in pieces:
-            key = part, piece.index, piece.place
-            if key not in self.held:
-                self.held[key] = self._make(piece)
-            with tf.device(piece.part.device):
-                tensors = (
-                    (piece.gradient.values, piece.gradient.indices)
-                    if isinstance(piece.gradient, tf.IndexedSlices) else (piece.gradient,)
+    def put(self, step_number: tf.Tensor, part: int, pieces: list[Piece], stats: tf.Tensor) -> None:
+        self.pieces, self.stats = pieces, stats
+        for name, device, tensors in self._places():
+            with tf.device(device):
+                tensors = [tf.identity(tensor) for tensor in tensors]
+                tf.raw_ops.MapStage(
+                    key=step_number * self.parts + part, indices=list(range(len(tensors))), values=tensors,
+                    dtypes=[tensor.dtype for tensor in tensors], shared_name=name,
                 )  # fmt: skip
-                for variable, tensor in zip(self.held[key], tensors, strict=True):
-                    variable.assign(tensor)
-        if part not in self.stats:
-            with tf.init_scope(), tf.device(pieces[0].part.device):
-                self.stats[part] = tf.Variable(tf.zeros(stats.shape, stats.dtype), trainable=False)
-        self.stats[part].assign(stats)
 
-    def _make(self, piece: Piece) -> tuple[tf.Variable, ...]:
-        with tf.init_scope(), tf.device(piece.part.device):
-            if isinstance(piece.gradient, tf.IndexedSlices):
-                shape = [None, *piece.part.shape[1:]]
-                values = tf.zeros([0, *piece.part.shape[1:]], piece.gradient.dtype)
-                return (tf.Variable(values, shape=shape, trainable=False),
-                        tf.Variable(tf.zeros([0], tf.int64), shape=[None], trainable=False))  # fmt: skip
-            return (tf.Variable(tf.zeros(piece.part.shape, piece.gradient.dtype), trainable=False),)
-
-    def sums(self, trainable: list[keras.Variable]) -> tuple[list[Piece], tf.Tensor, list]:
+    def sums(self, step_number: tf.Tensor) -> tuple[list[Piece], tf.Tensor]:
+        """Over all parts of a step, which are gone from there then."""
+        taken = []
+        for name, device, tensors in self._places():
+            with tf.device(device):
+                taken.append([self._take(name, step_number * self.parts + part, tensors) for part in range(self.parts)])
+        *of_pieces, stats = taken
         pieces = []
-        for index, place in dict.fromkeys((index, place) for _, index, place in self.held):
-            part = servers.components(trainable[index])[place]
-            held = [self.held[number, index, place] for number in range(self.parts)]
-            with tf.device(part.device):
-                if len(held[0]) == 2:
-                    shape = servers.dense_shape(part.shape)
-                    total = servers.add_slices([tf.IndexedSlices(v.read_value(), i.read_value(), shape) for v, i in held])
+        for piece, parts in zip(self.pieces, of_pieces, strict=True):
+            with tf.device(piece.part.device):
+                if isinstance(piece.gradient, tf.IndexedSlices):
+                    shape = servers.dense_shape(piece.part.shape)
+                    total = servers.add_slices([tf.IndexedSlices(values, ids, shape) for values, ids in parts])
                 else:
-                    total = tf.add_n([values.read_value() for (values,) in held])
-            pieces.append(Piece(index, place, part, total, part.device))
-        return pieces, tf.add_n([self.stats[number].read_value() for number in range(self.parts)]), []
+                    total = tf.add_n([values for (values,) in parts])
+            pieces.append(piece._replace(gradient=total, at=piece.part.device))
+        return pieces, tf.add_n([values for (values,) in stats])
+
+    def _take(self, name: str, key: tf.Tensor, like: list[tf.Tensor]) -> list[tf.Tensor]:
+        taken = tf.raw_ops.MapUnstage(
+            key=key, indices=list(range(len(like))), dtypes=[tensor.dtype for tensor in like], shared_name=name
+        )
+        return [tf.ensure_shape(tensor, one.shape) for tensor, one in zip(taken, like, strict=True)]
+
+    def _places(self) -> list[tuple[str, str, list[tf.Tensor]]]:
+        """(name, server, tensors) of each piece, and of the step's own numbers."""
+        found = []
+        for piece in self.pieces:
+            slices = isinstance(piece.gradient, tf.IndexedSlices)
+            tensors = [piece.gradient.values, piece.gradient.indices] if slices else [piece.gradient]
+            found.append((f"tfdist/slot/{id(self)}/{piece.index}/{piece.place}", piece.part.device, tensors))
+        return [*found, (f"tfdist/slot/{id(self)}/numbers", self.pieces[0].part.device, [self.stats])]

@@ -24,6 +24,7 @@ class StepOptions:
     clip_norm: float = 0.0  # clip the reduced gradient to this global norm; 0: off
     seed: int = 0  # of every dropout mask
     reduce_dtype: str = ""  # gradients cross the network in this type, "bfloat16" halves them; "": in their own
+    whole_tables: bool = False  # of parameter servers: embedding tables are read as a whole, which XLA needs
     jit_compile: bool = True  # XLA for forward and backward, and for the update; never for collectives
 
 

@@ -78,7 +78,7 @@ class Trainer:
         if reduce_dtype not in ("float32", "bfloat16"):
             raise UserError(f"reduce_dtype: expected float32 or bfloat16, found {reduce_dtype!r}")
         narrow = reduce_dtype if reduce_dtype != "float32" and strategy.num_replicas > 1 else ""
-        options = step.StepOptions(clip_norm, seed, narrow, self.jit_compile)
+        options = step.StepOptions(clip_norm, seed, narrow, jit_compile == "on", self.jit_compile)
         make_train_step = (server_step if strategy.num_servers else step).make_train_step
         self.train_steps = strategy.make_steps(make_train_step(strategy, self.state, loss, options))
         eval_step = evaluate.make_eval_step(strategy, model, eval_loss or loss, self.jit_compile, metrics)
