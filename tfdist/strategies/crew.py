@@ -131,6 +131,7 @@ class Crew:
 
     def _wait_for(self, worker: Worker) -> None:
         """Until a process answers at its address again. Raises `PeerLost` if it was a server that was lost."""
+        lost_s = time.monotonic()
         self._check_servers()
         while not self._answers(worker.task):
             if self._closed or not worker.is_there:
@@ -147,7 +148,7 @@ class Crew:
                     logging.debug("connecting again, attempt %d: %s", attempt, error)
                     self._check_servers()
                     time.sleep(_PROBE_EVERY_S)
-        logging.info("%s is there again", worker.name)
+        logging.info("%s is there again after %.1f s", worker.name, time.monotonic() - lost_s)
 
     def _check_servers(self) -> None:
         for task in (task for task in self._cluster.tasks if task.type == "ps"):

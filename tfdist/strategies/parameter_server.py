@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,6 +88,7 @@ class ParameterServer:
         self._steps_done = 0
         self._staleness: Counter[int] = Counter()
         self._reruns: list[int] = []
+        self._longest_gap_s = 0.0
         self.crew = Crew(cluster)
         supervisor().on_lost(self.crew.abandon)
         supervisor().watch(self.progress)
@@ -202,7 +204,7 @@ class ParameterServer:
             self.crew.begin(schedule, functools.partial(functions.run, iterator))
             iterator.is_begun = True
         rows: list[np.ndarray] = []
-        reruns = len(schedule.reruns)
+        reruns, ended_s = len(schedule.reruns), time.monotonic()
         while len(rows) < n or self._stop.is_set() or iterator.has_ended:
             if self._stop.is_set():
                 schedule.stop()
@@ -219,6 +221,9 @@ class ParameterServer:
                 if schedule.parts > 1:
                     schedule.step_applied()
                 iterator.step += 1
+                if len(rows) > 1:
+                    self._longest_gap_s = max(self._longest_gap_s, time.monotonic() - ended_s)
+                ended_s = time.monotonic()
             if quiet and not schedule.finished:
                 break
         if again := schedule.reruns[reruns:]:
@@ -239,12 +244,15 @@ class ParameterServer:
         return True
 
     def report(self) -> dict[str, Any]:
-        """What happened so far: steps of each worker, how many updates came between a step's reading and its writing, and
-        which steps were run again because their worker was lost."""
+        """What happened so far: steps of each worker, how many updates came between a step's reading and its writing, which
+        steps were run again because their worker was lost, and the longest time without a step."""
+        steps = ", ".join(f"{worker.name} {worker.steps_done}" for worker in self.crew.workers)
         return {
+            "reason": f"steps of {steps}; run again: {len(self._reruns)}; staleness at most {max(self._staleness, default=0)}",
             "steps": {worker.name: worker.steps_done for worker in self.crew.workers},
             "staleness": {str(updates): count for updates, count in sorted(self._staleness.items())},
             "rerun_steps": list(self._reruns),
+            "longest_gap_s": self._longest_gap_s,
         }
 
     def request_stop(self, requested: bool = True) -> None:

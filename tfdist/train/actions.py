@@ -43,6 +43,8 @@ class Log:
 
     def maybe(self, trainer: "Trainer", turn: Turn) -> None:
         done = turn.step - turn.first_step
+        if turn.last and (report := trainer.strategy.report()):
+            trainer.write({"kind": "event", "name": "workers", "step": turn.step, "updates": trainer.state.updates, **report})
         if not done:
             return
         tokens_per_s = math.fsum(turn.outputs["tokens"]) / turn.seconds
@@ -68,7 +70,7 @@ class Log:
                 "data_wait_s": outputs["data_wait_s"],
                 "mfu": mfu,
             }
-            trainer.write(row | ({"loss_scale": outputs["loss_scale"]} if "loss_scale" in outputs else {}))
+            trainer.write(row | {name: outputs[name] for name in ("loss_scale", "staleness") if name in outputs})
 
 
 class Evaluate(Every):

@@ -1,0 +1,124 @@
+"""Training with parameter servers, through `tfdist launch`: real servers, real workers, kills and freezes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from processes import finish, measured, start, tfdist
+from test_launch import assert_all_gone, group_of, parent_of, wait_until
+
+HERE = Path(__file__).parent
+METRICS = "metrics.jsonl"
+
+
+def launch(workers: int, servers: int, *arguments: str):
+    return start(["-m", "tfdist.cli", "launch", f"--workers={workers}", f"--ps={servers}", *arguments])
+
+
+@pytest.fixture(scope="module")
+def train(text_files):
+    return [
+        "--", "train", f"--config={HERE / 'tiny.py'}", f"--config.data.source=files:{text_files}/*.txt",
+        "--config.checkpoint.every_steps=20", "--config.eval.every_steps=0", "--config.log.tensorboard=False",
+        "--config.cluster.heartbeat_timeout_s=3", "--config.cluster.start_timeout_s=60", "--config.strategy.min_shard_bytes=64",
+    ]  # fmt: skip
+
+
+def rows(workdir, kind: str) -> list[dict]:
+    path = Path(workdir) / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def events(workdir, name: str) -> list[dict]:
+    return [row for row in rows(workdir, "event") if row["name"] == name]
+
+
+def task_pids(process) -> dict[str, int]:
+    """The training and serving processes by their task: they are the children of the launcher's children."""
+    found = {}
+    for pid in group_of(process):
+        try:
+            environ = dict(item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item)
+            task = json.loads(environ["TF_CONFIG"])["task"]
+            if parent_of(parent_of(pid)) == process.pid:
+                found[f"{task['type']} {task['index']}"] = pid
+        except (OSError, KeyError, ValueError):
+            continue
+    return found
+
+
+def wait_for_step(workdir, step: int, process, limit_s: float = 90.0) -> None:
+    def reached():
+        assert process.poll() is None, process.stderr.read()
+        return max((row["step"] for row in rows(workdir, "train")), default=0) >= step
+
+    wait_until(reached, limit_s)
+
+
+def test_every_step_is_counted_once_and_evaluation_is_exact(train, tmp_path):
+    """Then the run goes on with other numbers of servers, and on one device."""
+    process = launch(2, 2, *train, f"--workdir={tmp_path}", "--config.train.num_steps=40")
+    done = finish(process, 120)
+    assert done.returncode == 0, done.stderr
+    (counted,) = events(tmp_path, "workers")
+    assert counted["updates"] == counted["step"] == 40 and counted["rerun_steps"] == []
+    assert sum(counted["steps"].values()) == sum(counted["staleness"].values()) == 40
+    assert min(counted["steps"].values()) >= 5
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 41))
+    by_servers = rows(tmp_path, "eval")[-1]
+    for steps, cluster in ((50, (1, 3)), (60, (2, 1))):
+        more = finish(launch(*cluster, *train, f"--workdir={tmp_path}", f"--config.train.num_steps={steps}"), 120)
+        assert more.returncode == 0, more.stderr
+        assert events(tmp_path, "restore")[-1]["step"] == steps - 10
+        assert events(tmp_path, "workers")[-1]["updates"] == steps
+    alone = tfdist(*train[1:], f"--workdir={tmp_path}", "--config.train.num_steps=61")
+    assert alone.returncode == 0, alone.stderr
+    evaluated = tfdist("eval", f"--workdir={tmp_path}")
+    assert f"loss {rows(tmp_path, 'eval')[-1]['loss']:.6f}" in evaluated.stdout
+    assert by_servers["tokens"] == rows(tmp_path, "eval")[-1]["tokens"]
+
+
+def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
+    process = launch(
+        3, 1, "--max-restarts=2", *train, f"--workdir={tmp_path}", "--config.train.num_steps=100000",
+        "--config.checkpoint.every_steps=0",
+    )  # fmt: skip
+    wait_for_step(tmp_path, 50, process)
+    tasks = task_pids(process)
+    os.kill(tasks["worker 0"], signal.SIGKILL)
+    time.sleep(1)
+    os.kill(tasks["worker 1"], signal.SIGSTOP)
+    log = lambda: (Path(tmp_path) / "logs" / "chief-0.log").read_text()  # noqa: E731
+    wait_until(lambda: "worker 0 is there again" in log() and "worker 1 is there again" in log(), 40)
+    reached = max(row["step"] for row in rows(tmp_path, "train"))
+    wait_for_step(tmp_path, reached + 100, process)
+    members = group_of(process)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process, 60)
+    assert done.returncode == 143, done.stderr
+    (counted,) = events(tmp_path, "workers")
+    assert len(counted["rerun_steps"]) == 2
+    assert counted["step"] <= counted["updates"] <= counted["step"] + 2
+    measured("longest time without a step while workers die", counted["longest_gap_s"], 2)
+    for worker in ("worker 0", "worker 1"):
+        seconds = float(log().partition(f"{worker} is there again after ")[2].split()[0])
+        measured(f"{worker} is used again", seconds, 10 + (3 if worker == "worker 1" else 0))
+    assert "worker 1 is frozen" in done.stderr
+    assert_all_gone(members, 2)
+
+
+@pytest.mark.parametrize(("task", "number"), [("ps 1", signal.SIGKILL), ("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)])
+def test_a_lost_server_or_chief_restarts_all_from_the_checkpoint(train, tmp_path, task, number):
+    process = launch(2, 2, "--max-restarts=1", *train, f"--workdir={tmp_path}", "--config.train.num_steps=400")
+    wait_for_step(tmp_path, 25, process)
+    os.kill(task_pids(process)[task], number)
+    done = finish(process, 120)
+    assert done.returncode == 0, done.stderr
+    assert "restart 1 of 1 of the whole group" in done.stderr and task in done.stderr
+    (restored,) = events(tmp_path, "restore")
+    assert restored["step"] >= 20
+    assert max(row["step"] for row in rows(tmp_path, "train")) == 400
