@@ -62,17 +62,30 @@ class Bench:
         optimizer = getattr(model, "optimizer", None)
         variables = [*model.weights, *(optimizer.variables if optimizer else [])]
         for i, variable in enumerate(variables):
-            copies = [variable.value]
-            if self.strategy:
-                copies = self.strategy.tf_strategy.experimental_local_results(variable.value)
-            self.results[f"{name}/{i}"] = np.stack([copy.numpy() for copy in copies]).astype(np.float64)
+            copies = self.strategy.copies(variable) if self.strategy else [variable.value]
+            parts = [copy.numpy() for copy in copies]
+            on_servers = self.strategy and self.strategy.num_servers and parts[0].ndim
+            value = np.concatenate(parts)[None] if on_servers else np.stack(parts)
+            self.results[f"{name}/{i}"] = value.astype(np.float64)
 
     def fit(self, model, *data, **options):
         options = {"verbose": 0, "epochs": 2, **options}
+        if self.strategy and self.strategy.num_servers:
+            options.setdefault("steps_per_epoch", _batches(data[0], options))
         history = model.fit(*data, **options).history
         self.keep(f"history/{model.name}", history)
         self.keep_variables(model, f"var/{model.name}")
         return history
+
+
+def _batches(data, options: dict) -> int:
+    """Of an epoch: parameter servers want it said."""
+    if isinstance(data, tf.data.Dataset):
+        return sum(1 for _ in data)
+    if isinstance(data, keras.utils.PyDataset):
+        return len(data)
+    rows = int(len(keras.tree.flatten(data)[0]) * (1 - options.get("validation_split", 0)))
+    return -(-rows // options.get("batch_size", 32))
 
 
 def dense(bench, units=1, activation="tanh", **options):
@@ -565,6 +578,8 @@ def make_strategy(name: str):
     kind, _, shape = name.partition(":")
     if kind == "one_device":
         return tfdist.OneDevice()
+    if kind == "parameter_server":
+        return tfdist.ParameterServer(min_shard_bytes=64, max_staleness=0)
     if kind == "mirrored":
         return tfdist.Mirrored(int(shape))
     return tfdist.MultiWorkerMirrored(num_devices=int(shape.partition("x")[2]))

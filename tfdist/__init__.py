@@ -11,7 +11,7 @@ _HOMES = {
     "OneDevice": "tfdist.strategies.sync",
     "Mirrored": "tfdist.strategies.sync",
     "MultiWorkerMirrored": "tfdist.strategies.sync",
-    "ParameterServer": "tfdist.strategies.select",
+    "ParameterServer": "tfdist.strategies.parameter_server",
     "TPU": "tfdist.strategies.select",
     "from_environment": "tfdist.strategies.select",
     "InputContext": "tfdist.strategies.base",
@@ -19,7 +19,7 @@ _HOMES = {
     "Config": "tfdist.config",
     "verify": "tfdist.verification.run",
 }
-_STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "from_environment")
+_STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer", "from_environment")
 _MODULES = {"fit": "tfdist.fit", "actions": "tfdist.train.actions", "models": "tfdist.models", "errors": "tfdist.errors"}
 __all__ = [*_HOMES, *_MODULES]
 

@@ -20,6 +20,7 @@ from tfdist.fit import callbacks, replica
 from tfdist.fit.checkpoint import Checkpoint
 from tfdist.fit.functions import Steps
 from tfdist.fit.input import Input
+from tfdist.fit.server_functions import ServerSteps
 from tfdist.strategies import base, support
 from tfdist.train.signals import StopRequest
 
@@ -126,15 +127,33 @@ class Adapter:
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
         layers = patches.all_layers(self.model)
         with (
-            patches.fit_parts(self.model, self.input, self._build, **make),
+            patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
             patches.activity_of_replicas(layers, replica.activity_loss),
         ):
             yield
+
+    def _waiting(self) -> dict[str, Callable]:
+        """Under parameter servers the results of metrics wait for the steps that still run."""
+        if not self.strategy.num_servers:
+            return {}
+        stock = self.model._get_metrics_result_or_logs
+
+        def results(logs):
+            for steps in self.steps.values():
+                steps.settle()
+            return stock(logs)
+
+        return {"_get_metrics_result_or_logs": results}
 
     # ---- the arguments of a call ----
 
     @contextlib.contextmanager
     def _prepared(self, call: "Call") -> Iterator[None]:
+        if call.name == "fit" and self.strategy.num_servers and not call.get("steps_per_epoch"):
+            raise UserError(
+                "fit: expected steps_per_epoch under parameter servers, where steps are dealt out to workers, found none; "
+                "give the number of batches of an epoch"
+            )
         for data in ("x", "validation_data"):
             self._check_data(call.name, call.get(data))
         self.input.batch = call.get("x") if call.name == "predict_on_batch" else None
@@ -193,7 +212,8 @@ class Adapter:
 
     def _build(self, stock: Callable, iterator: Any = None, data_batch: Any = None) -> None:
         """Makes the variables of model, metrics and optimizer, from shapes and types alone."""
-        with patches.strategy_of(self.model, self.strategy.tf_strategy):
+        scope = self.strategy.scope() if self.strategy.num_servers else contextlib.nullcontext()
+        with patches.strategy_of(self.model, self.strategy.tf_strategy), scope:
             try:
                 stock(data_batch=self.input.symbolic(data_batch))
             except RuntimeError as error:
@@ -214,7 +234,8 @@ class Adapter:
             if not self.model.built:
                 with self.strategy.scope():
                     self.model(self.input.symbolic_x())
-            self.steps[name] = Steps(self.strategy, self.model, self.input)
+            kind = ServerSteps if self.strategy.num_servers else Steps
+            self.steps[name] = kind(self.strategy, self.model, self.input)
             function = getattr(self.steps[name], f"{name}_function")()
             setattr(self.model, f"{name}_function", function)
         return function

@@ -38,6 +38,7 @@ class Replica:
         self.compiled = False  # inside of XLA no collective can stand
         self.reduced = False  # the gradients that an optimizer is given are sums over all replicas already
         self.deferred: list | None = None  # updates that wait for that sum: (apply, gradients, variables)
+        self.taken: list | None = None  # where to put gradients instead of updating: (optimizer, gradients, variables)
         self.updates: list | None = None  # where to note what would be updated, instead: (optimizer, variables)
         self._written: set[int] = set()
 
@@ -182,6 +183,8 @@ def weight_of_mean(values, sample_weight):
 def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
     """Reduces first: what clips, accumulates, checks and updates then does the same on every replica."""
     replica = _current.get()
+    if replica.taken is not None:
+        return replica.taken.append((optimizer, gradients, variables))
     if replica.updates is not None:
         return replica.updates.append((optimizer, variables))
     if replica.count == 1 or replica.reduced:

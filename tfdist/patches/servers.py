@@ -210,12 +210,50 @@ def pulled_values():
         layer.call, tf.recompute_grad = stock, recompute
 
 
-def tables(layers: list[keras.Layer]) -> list[keras.Variable]:
-    """The tables of stock Embedding layers: trainable, used as they are."""
+def tables(layers: list[keras.Layer], trainable: list[keras.Variable]) -> tuple[keras.Variable, ...]:
+    """The tables of stock Embedding layers among the trainable variables."""
     found = [one for one in layers if isinstance(one, keras.layers.Embedding)]
     plain_ones = [one for one in found if type(one).call is keras.layers.Embedding.call and not one.lora_enabled]
-    held = {id(v): v for one in plain_ones for v in one.trainable_variables if one.embeddings_constraint is None}
-    return list(held.values())
+    held = {id(v) for one in plain_ones for v in one.variables if one.embeddings_constraint is None}
+    return tuple(variable for variable in trainable if id(variable) in held)
+
+
+@contextlib.contextmanager
+def tapes_of(pulled: Pulled, variables: list[keras.Variable]):
+    """Inside, a GradientTape that somebody else makes (Keras' `train_step`) watches the values of `variables`, and can be
+    asked for the gradient of a `Table`.
+
+    What: `tf.GradientTape.__enter__` and `gradient`. Why: a tape watches variables by itself, tensors not.
+    """
+    stock_enter, stock_gradient = tf.GradientTape.__enter__, tf.GradientTape.gradient
+
+    def enter(self):
+        tape = stock_enter(self)
+        pulled.watch(tape, variables)
+        return tape
+
+    def gradient(self, target, sources, *args, **kwargs):
+        if not isinstance(sources, (list, tuple)):
+            return stock_gradient(self, target, sources, *args, **kwargs)
+        sources = [one._value if isinstance(one, keras.Variable) else one for one in sources]
+        inner = [
+            [rows for _, rows in one.found] if isinstance(one, Table) else one.tensor if isinstance(one, Local) else one
+            for one in sources
+        ]
+        found = stock_gradient(self, target, inner, *args, **kwargs)
+        pairs = zip(sources, found, strict=True)
+        return [slices_of_table(one, g) if isinstance(one, Table) else g for one, g in pairs]
+
+    tf.GradientTape.__enter__, tf.GradientTape.gradient = enter, gradient
+    try:
+        yield
+    finally:
+        tf.GradientTape.__enter__, tf.GradientTape.gradient = stock_enter, stock_gradient
+
+
+def locals_in_place(values: list[tuple[keras.Variable, tf.Tensor]]):
+    """Inside, each variable is a `Local` with that value."""
+    return _bound([(variable, Local(value)) for variable, value in values])
 
 
 # ---- the optimizer, on the servers ----

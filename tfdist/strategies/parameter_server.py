@@ -232,6 +232,28 @@ class ParameterServer:
             self.crew.end(schedule)
         return rows
 
+    def run_on_workers(self, calls: list[Callable[[], Any]]) -> list[Any]:
+        """What each call gives, run inside of the scope of whichever worker is free. In order."""
+        schedule = Schedule(0, changed=self.crew.changed)
+        schedule.allow(len(calls))
+        self.crew.begin(schedule, lambda worker, task: calls[task.step]())
+        found: dict[int, Any] = {}
+        try:
+            with self.peers():
+                while len(found) < len(calls):
+                    found |= {task.step: result for task, _, result in schedule.results(1, _LOOK_EVERY_S)}
+        finally:
+            self.crew.end(schedule)
+        return [found[i] for i in range(len(calls))]
+
+    def count_step(self, staleness: int) -> None:
+        """One more step is done."""
+        self._steps_done += 1
+        self._staleness[staleness] += 1
+
+    def note_reruns(self, schedule: Schedule) -> None:
+        self._reruns += schedule.reruns
+
     def _is_whole(self, iterator: "ServerInput", task: Task, row: np.ndarray) -> bool:
         """Whether all parts of a task's step are there."""
         if iterator.schedule.parts == 1:

@@ -1,6 +1,7 @@
 """One step under parameter servers: a worker pulls the variables, computes, and pushes its gradients; each server updates
 what it holds. The rules are those of `step`: sum, divide, check, clip, update."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -42,7 +43,7 @@ class TrainStep(ServerStep):
 
     def __init__(self, strategy: ParameterServer, state: TrainState, loss: Loss, options: StepOptions):
         self.strategy, self.state, self.loss, self.options = strategy, state, loss, options
-        self.updates = Updates(strategy, state, options)
+        self.updates = Updates(strategy, state.updating, state.trainable, options.clip_norm)
         self.by_rows: tuple[keras.Variable, ...] | None = None  # found when the first batch is there
         self.slots = Slots(strategy.parts) if strategy.parts > 1 else None
         if strategy.parts > 1:
@@ -54,7 +55,8 @@ class TrainStep(ServerStep):
         if self.by_rows is None and self.options.whole_tables:
             self.by_rows = ()
         if self.by_rows is None:
-            self.by_rows = looked_up_only(self.state, lambda: self._sums(batch, step_number, replica, tuple(self._tables())))
+            tables = servers.tables(patches.all_layers(self.state.model), self.state.trainable)
+            self.by_rows = looked_up_only(tables, lambda: self._sums(batch, step_number, replica, tables))
         began_at = tf.identity(self.updates.counter)
         gradients, stats, written = self._sums(batch, step_number, replica, self.by_rows)
         if not any(gradient is not None for gradient in gradients):
@@ -64,10 +66,6 @@ class TrainStep(ServerStep):
             return self.updates.apply(pieces, stats, written, began_at)
         self.slots.put(step_number, part, pieces, stats)
         return {"valid": stats[3] > 0}
-
-    def _tables(self) -> list[keras.Variable]:
-        trainable = {id(v) for v in self.state.trainable}
-        return [table for table in servers.tables(patches.all_layers(self.state.model)) if id(table) in trainable]
 
     def _sums(self, batch: Batch, step_number: tf.Tensor, replica: Replica, by_rows: tuple[keras.Variable, ...]):
         """Gradients, stats [5] and what the forward pass wrote, less what was there before."""
@@ -104,13 +102,12 @@ class TrainStep(ServerStep):
 
 def make_train_step(strategy: ParameterServer, state: TrainState, loss: Loss, options: StepOptions) -> TrainStep:
     """Returns the step that `ParameterServer.make_steps` runs."""
-    check(state)
+    check(state.optimizer, state.trainable)
     return TrainStep(strategy, state, loss, options)
 
 
-def check(state: TrainState) -> None:
+def check(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
     """Raises `UserError` for optimizers that cannot update parts of a variable, on several servers."""
-    optimizer = state.optimizer
     name = type(optimizer).__name__
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise UserError("ParameterServer: expected a model in float32, bfloat16 or mixed_bfloat16, found one whose loss is "
@@ -120,11 +117,11 @@ def check(state: TrainState) -> None:
     if servers.updates_all_at_once(optimizer):
         raise UserError(f"ParameterServer: {name} keeps a number for all variables together, which several servers cannot "
                         "update as one; use Adam, AdamW, Adagrad or SGD")  # fmt: skip
-    sharded = [v.path for v in state.trainable if len(servers.components(v)) > 1]
+    sharded = [v.path for v in variables if len(servers.components(v)) > 1]
     if sharded and name in ("Adafactor", "Muon", "Lamb"):
         raise UserError(f"ParameterServer: {name} updates a variable as a whole, but {sharded[0]} is cut over the servers; use "
                         "partitioner='none' (strategy.partitioner=none), or another optimizer")  # fmt: skip
-    constrained = [v.path for v in state.trainable if v.constraint is not None and len(servers.components(v)) > 1]
+    constrained = [v.path for v in variables if v.constraint is not None and len(servers.components(v)) > 1]
     if constrained:
         raise UserError(f"ParameterServer: the constraint of {constrained[0]} is of the whole variable, which is cut over the "
                         "servers; use partitioner='none'")  # fmt: skip
@@ -138,10 +135,9 @@ def _check_parts(state: TrainState, loss: Loss) -> None:
         raise UserError("gradients_per_update: expected 1 for a model with several outputs, found more")
 
 
-def looked_up_only(state: TrainState, sums) -> tuple[keras.Variable, ...]:
-    """Tables of which a step reads rows alone, found by tracing one that is then thrown away. A table that is also read as a
-    whole (tied embeddings) is pulled as a whole, once."""
-    tables = [v for v in servers.tables(patches.all_layers(state.model)) if id(v) in {id(t) for t in state.trainable}]
+def looked_up_only(tables: tuple[keras.Variable, ...], sums: Callable) -> tuple[keras.Variable, ...]:
+    """Tables of which a step reads rows alone, found by tracing `sums`, which is then thrown away. A table that is also read
+    as a whole (tied embeddings) is pulled as a whole, once."""
     if not tables:
         return ()
     read: list[bool] = []
@@ -201,9 +197,11 @@ def parts_without(variables: list[keras.Variable], found) -> list[Piece]:
 class Updates:
     """The update of all variables, each on its server, one worker at a time there."""
 
-    def __init__(self, strategy: ParameterServer, state: TrainState, options: StepOptions):
-        self.strategy, self.state, self.options = strategy, state, options
-        self.optimizer = state.updating
+    def __init__(
+        self, strategy: ParameterServer, optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable],
+        clip_norm: float = 0.0,
+    ):  # fmt: skip
+        self.strategy, self.optimizer, self.variables, self.clip_norm = strategy, optimizer, variables, clip_norm
         self.counter = servers.components(self.optimizer.iterations)[0]
         self.rows_alone = keeps_other_rows(self.optimizer)
 
@@ -231,7 +229,7 @@ class Updates:
         count = self._count(applied)
         rate = self._learning_rate(count)
         own, factor = self.optimizer, {}
-        limit = self.options.clip_norm or own.global_clipnorm or 0.0
+        limit = self.clip_norm or own.global_clipnorm or 0.0
         for index, square in squares.items():
             if limit:
                 factor[index] = limit / tf.maximum(norm, tf.constant(limit, norm.dtype))
@@ -241,10 +239,10 @@ class Updates:
         for piece, _, _ in checked:
             by_server.setdefault(piece.part.device, []).append(piece)
         if own.use_ema:
-            for piece in parts_without(self.state.trainable, squares):
+            for piece in parts_without(self.variables, squares):
                 by_server.setdefault(piece.part.device, []).append(piece)
         updated = [self._on_server(device, mine, factor, applied, count) for device, mine in by_server.items()]
-        updated += [_add_change(variable, before, after, applied) for variable, before, after in written]
+        updated += [add_change(variable, before, after, applied) for variable, before, after in written]
         skipped = (valid > 0) & ~tf.reduce_all(finite)
         outputs = {
             "loss": loss,
@@ -281,7 +279,7 @@ class Updates:
 
     def _on_server(self, device: str, pieces: list[Piece], factor: dict, applied, count) -> tf.Tensor:
         """Runs there, under its lock, after all that it needs has come."""
-        optimizer, trainable = self.optimizer, self.state.trainable
+        optimizer, trainable = self.optimizer, self.variables
         with tf.device(device):
             here = []
             for piece in pieces:
@@ -326,7 +324,7 @@ def keeps_other_rows(optimizer: keras.optimizers.Optimizer) -> bool:
     return plain and not optimizer.use_ema and optimizer.weight_decay is None
 
 
-def _add_change(variable: keras.Variable, before: tf.Tensor, after: tf.Tensor, applied: tf.Tensor) -> tf.Tensor:
+def add_change(variable: keras.Variable, before: tf.Tensor, after: tf.Tensor, applied: tf.Tensor) -> tf.Tensor:
     """Statistics and counters: what a forward pass has changed is added, so that no worker's is lost."""
     (part,) = servers.components(variable)
     with tf.device(part.device):

@@ -1,0 +1,266 @@
+"""The steps of `fit`, `evaluate` and `predict` under parameter servers: the chief reads the batches, in order, and each goes
+to the next free worker, which runs the model's own `train_step` on what it has pulled from the servers."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist import patches
+from tfdist.cluster.link import supervisor
+from tfdist.errors import UserError
+from tfdist.fit.functions import optimizers_of
+from tfdist.fit.input import Input
+from tfdist.fit.replica import Replica
+from tfdist.models.dropout import SamplePosition, sample_position
+from tfdist.patches import servers
+from tfdist.strategies.crew import Worker
+from tfdist.strategies.parameter_server import ParameterServer
+from tfdist.strategies.schedule import Schedule, Task
+from tfdist.train import server_step, state
+
+_LOOK_EVERY_S = 0.2
+
+
+class ServerSteps:
+    """The functions that `fit` calls, for one model as it was compiled and built."""
+
+    def __init__(self, strategy: ParameterServer, model: keras.Model, input: Input):
+        if strategy.parts > 1:
+            raise UserError("fit: expected gradients_per_update=1 under parameter servers, found "
+                            f"{strategy.parts}; use tfdist.Trainer, or MultiWorkerMirrored")  # fmt: skip
+        self.strategy, self.model, self.input = strategy, model, input
+        self.seed = tf.compat.v1.get_seed(0)[0] or 0
+        self.quirks = patches.quirks()
+        self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
+        self.metrics = list({id(v): v for v in model.metrics_variables}.values())
+        self.layer_seeds = state.layer_seeds(model)
+        self.layer_state = patches.state_of_layers(patches.all_layers(model))
+        self.stop = False  # see stop_requested
+        self.by_rows: tuple[keras.Variable, ...] | None = None
+        self.schedule: Schedule | None = None
+        self.batches: dict[int, list[tf.Tensor]] = {}  # that are not done yet
+        self.seeds: dict[int, list[np.ndarray]] = {}  # of random layers, for each of them
+        self.seed_change: list[np.ndarray] | None = None  # by one step
+        self.totals: list[np.ndarray] | None = None  # of the metrics, while they are not on the servers
+        self.others: dict[str, Any] = {}  # logs that are no results of metrics
+        self.names: list[str] = []
+        self.begun = self.done = 0  # steps
+
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(int(self.strategy.stop_requested()))
+
+    def build_optimizers(self, element_spec) -> None:
+        """Those of `compile` are built with the model; others are refused when they are used."""
+
+    # ---- what Keras calls ----
+
+    def train_function(self) -> Callable:
+        for optimizer in optimizers_of(self.model):
+            _check(optimizer, self.model)
+        return self._function(self._train)
+
+    def test_function(self) -> Callable:
+        return self._function(self._test)
+
+    def predict_function(self) -> Callable:
+        """(list of elements) -> the model's outputs for all their rows, in order."""
+        compute = tf.function(self._predict, autograph=False, reduce_retracing=True)
+
+        def function(data: list):
+            outputs = []
+            for element in data:
+                batch = tf.nest.map_structure(tf.convert_to_tensor, element)
+                (found,) = self.strategy.run_on_workers([functools.partial(_call, compute, batch)])
+                outputs.append(found)
+            return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
+
+        return function
+
+    def _function(self, compute: Callable) -> Callable:
+        """(iterator) -> the logs of all steps that are done; this one's may come later."""
+        traced: dict[str, Callable] = {}
+
+        def function(iterator):
+            on_batch = not isinstance(iterator, tf.data.Iterator)
+            for _ in range(1 if on_batch else self.model.steps_per_execution):
+                try:
+                    batch = tf.nest.map_structure(tf.convert_to_tensor, next(iterator))
+                except tf.errors.OutOfRangeError:
+                    raise StopIteration from None
+                spec = tf.nest.map_structure(tf.type_spec_from_value, batch) if on_batch else iterator.element_spec
+                if str(spec) not in traced:
+                    traced[str(spec)] = self._trace(compute, spec)
+                self._deal_out(traced[str(spec)], batch)
+            if on_batch:
+                self.settle()
+            return self._logs()
+
+        return function
+
+    def _trace(self, compute: Callable, spec) -> Callable:
+        def on_worker(batch, step, seeds):
+            return compute(batch, step, seeds)
+
+        seeds = [tf.TensorSpec(variable.shape, variable.dtype) for variable in self.layer_seeds]
+        function = tf.function(on_worker, autograph=False)
+        return function.get_concrete_function(spec, tf.TensorSpec([], tf.int64), seeds)
+
+    # ---- on the chief ----
+
+    def _deal_out(self, function: Callable, batch) -> None:
+        """Waits for a free worker. The first step runs alone: it says how random layers count."""
+        if self.schedule is None:
+            self._begin()
+        supervisor().phase("train" if self.done else "compile", self.done)
+        step = self.begun
+        self.batches[step] = function, batch
+        if self.seed_change is not None:
+            first, counts = self.seeds[0], [np.uint64(step)] * len(self.layer_seeds)
+            self.seeds[step] = [
+                (value + change * count).astype(value.dtype)
+                for value, change, count in zip(first, self.seed_change, counts, strict=True)
+            ]
+        self.begun += 1
+        self.schedule.allow(self.begun)
+        room = 0 if self.seed_change is None else self.strategy.num_remote_workers - 1
+        while self.begun - self.done > room:
+            self._take(1)
+        supervisor().phase("callbacks", self.done)
+
+    def _begin(self) -> None:
+        self.begun = self.done = 0
+        self.totals = [variable.numpy() for variable in self.metrics]
+        self.seeds = {0: [variable.numpy() for variable in self.layer_seeds]}
+        self.seed_change = None if self.layer_seeds else []
+        self.schedule = Schedule(0, 1, self.strategy.max_staleness, self.strategy.crew.changed)
+        self.strategy.crew.begin(self.schedule, self._run)
+
+    def _run(self, worker: Worker, task: Task) -> Any:
+        function, batch = self.batches[task.step]
+        seeds = [tf.constant(value) for value in self.seeds.get(task.step, self.seeds[0])]
+        outputs = function(batch, tf.constant(task.step, tf.int64), seeds)
+        return tf.nest.map_structure(lambda tensor: tensor.numpy(), outputs)
+
+    def _take(self, enough: int) -> None:
+        with self.strategy.peers():
+            for task, _, (sums, others, seeds, staleness) in self.schedule.results(enough, _LOOK_EVERY_S):
+                self.totals = [total + change for total, change in zip(self.totals, sums, strict=True)]
+                self.others = dict(zip(self.names, others, strict=True))
+                if self.seed_change is None:
+                    pairs = zip(seeds, self.seeds[0], strict=True)
+                    self.seed_change = [after - before for after, before in pairs]
+                self.batches.pop(task.step)
+                self.seeds.pop(task.step) if task.step else None
+                self.done += 1
+                self.strategy.count_step(int(staleness))
+
+    def settle(self) -> None:
+        """Waits for all steps that run, and puts what they have counted where Keras looks for it."""
+        if self.schedule is None:
+            return
+        while self.done < self.begun:
+            self._take(1)
+        self.strategy.crew.end(self.schedule)
+        self.strategy.note_reruns(self.schedule)
+        for variable, total in zip(self.metrics, self.totals, strict=True):
+            variable.assign(total)
+        if self.seed_change is not None:
+            for variable, first, change in zip(self.layer_seeds, self.seeds[0], self.seed_change, strict=True):
+                variable.assign((first + change * np.uint64(self.begun)).astype(first.dtype))
+        self.schedule = None
+
+    def _logs(self) -> dict[str, Any]:
+        if self.schedule is None:
+            return self.others | self.model.get_metrics_result()
+        values = [(variable, tf.constant(total)) for variable, total in zip(self.metrics, self.totals, strict=True)]
+        with servers.locals_in_place(values):
+            return self.others | self.model.get_metrics_result()
+
+    # ---- on a worker ----
+
+    def _inside(self, batch, step, seeds, method: str, by_rows: tuple[keras.Variable, ...] = ()):
+        """Runs the model's own method. Returns (its outputs, gradients, changes of metrics and layers, seeds)."""
+        model = self.model
+        pulled = servers.Pulled(model.variables, by_rows)
+        count = tf.constant(1)
+        replica = Replica(model, pulled, 0, 0, 1, count, tf.constant(0, tf.int64), count, tf.zeros([]), self.quirks)
+        replica.taken = []
+        zeros = [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in self.metrics]
+        given = list(zip(self.layer_seeds, seeds, strict=True))
+        with (
+            replica.computing(), servers.locals_in_place(zeros + given), servers.pulled_values(),
+            servers.tapes_of(pulled, model.trainable_variables), sample_position(SamplePosition(self.seed, step, 0)),
+        ):  # fmt: skip
+            before = [variable._value.tensor for variable in self.layer_state]
+
+            def run():
+                outputs = getattr(model, method)(batch)
+                gradients = [gradients for _, gradients, _ in replica.taken]
+                own = [[variable._value.tensor for variable in of] for of in (self.metrics, self.layer_state, self.layer_seeds)]
+                return outputs, gradients, *own
+
+            run = tf.function(run, jit_compile=True, autograph=False) if self.jit_compile and not by_rows else run
+            outputs, gradients, sums, after, seeds = run()
+            updates = [
+                (optimizer, own, variables) for (optimizer, _, variables), own in zip(replica.taken, gradients, strict=True)
+            ]
+            written = list(zip(self.layer_state, before, after, strict=True))
+        results = {name for metric in model.metrics if replica.has_written(metric) for name in _names(metric)}
+        return outputs, updates, sums, written, seeds, results
+
+    def _train(self, batch, step, seeds):
+        if self.by_rows is None:
+            tables = () if self.jit_compile else servers.tables(patches.all_layers(self.model), self.model.trainable_variables)
+            self.by_rows = server_step.looked_up_only(
+                tables, lambda: self._inside(batch, step, seeds, "train_step", tables)
+            )
+        counters = [servers.components(one._iterations)[0] for one in optimizers_of(self.model) if one.built]
+        began_at = {counter.device + counter.name: tf.identity(counter) for counter in counters}
+        logs, updates, sums, written, seeds, results = self._inside(batch, step, seeds, "train_step", self.by_rows)
+        staleness = tf.zeros([], tf.int64)
+        for optimizer, gradients, variables in updates:
+            variables = list(variables if variables is not None else optimizer._trainable_variables)
+            _check(optimizer, self.model)
+            update = server_step.Updates(self.strategy, optimizer, variables)
+            counter = update.counter
+            numbers = tf.constant([0.0, 1.0, 0.0, 1.0, 1.0], keras.backend.floatx())
+            pieces = server_step.cut(variables, [None if g is None else g for g in gradients])
+            outputs = update.apply(pieces, numbers, [], began_at[counter.device + counter.name])
+            staleness = tf.maximum(staleness, tf.cast(outputs["staleness"], tf.int64))
+        for variable, before, after in written:
+            server_step.add_change(variable, before, after, tf.constant(True))
+        return sums, self._others(logs, results), seeds, staleness
+
+    def _test(self, batch, step, seeds):
+        logs, _, sums, _, seeds, results = self._inside(batch, step, seeds, "test_step")
+        return sums, self._others(logs, results), seeds, tf.zeros([], tf.int64)
+
+    def _predict(self, batch):
+        with servers.Pulled(self.model.variables), servers.pulled_values():
+            return self.model.predict_step(batch)
+
+    def _others(self, logs, results: set[str]) -> list[tf.Tensor]:
+        """What a `train_step` of the model's own logs besides the results of metrics: of one batch, the last that is done."""
+        others = {name: value for name, value in (logs or {}).items() if name not in results and not isinstance(value, dict)}
+        self.names = list(others)
+        return [tf.convert_to_tensor(value) for value in others.values()]
+
+
+def _call(function: Callable, batch):
+    return tf.nest.map_structure(lambda tensor: tf.constant(tensor.numpy()), function(batch))
+
+
+def _names(metric) -> list[str]:
+    return list(getattr(metric, "metrics", None) and [one.name for one in metric.metrics] or [metric.name])
+
+
+def _check(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:
+    if optimizer.gradient_accumulation_steps:
+        raise UserError("fit: expected no gradient_accumulation_steps under parameter servers, found "
+                        f"{optimizer.gradient_accumulation_steps}: each worker's step is an update of its own")  # fmt: skip
+    server_step.check(optimizer, model.trainable_variables)
