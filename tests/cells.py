@@ -404,6 +404,28 @@ def recurrent_with_sparse_embedding_and_lion(bench: Bench) -> None:
 
 
 @cell
+def rows_of_embeddings_with_sgd_and_adagrad(bench: Bench) -> None:
+    """Ids come more than once, in a row, over rows and over micro-batches; most rows of the tables never do."""
+
+    def make_model():
+        inputs = {name: keras.Input((3,), dtype="int32", name=name) for name in ("a", "b")}
+        table = keras.layers.Embedding(40, 4)
+        x = keras.layers.Concatenate()([table(inputs["a"]), table(inputs["b"]), keras.layers.Embedding(9, 2)(inputs["b"])])
+        return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(x)))
+
+    rng = np.random.default_rng(0)
+    batches = [
+        ({"a": rng.integers(0, 20, (n, 3)), "b": rng.integers(3, 9, (n, 3))}, rng.normal(size=n)) for n in (8, 7)
+    ]  # fmt: skip
+    for name in ("SGD", "Adagrad"):
+        make_optimizer = getattr(keras.optimizers, name)
+        bench.train(
+            make_model, lambda make=make_optimizer: make(0.1), lambda y, p: tf.square(p[:, 0] - y), batches, clip_norm=0.5,
+            accumulate_steps=2, prefix=f"{name}|",
+        )  # fmt: skip
+
+
+@cell
 def several_inputs_and_outputs_with_their_own_weights(bench: Bench) -> None:
     def make_model():
         inputs = {"a": keras.Input((3,), dtype=bench.dtype, name="a"), "b": keras.Input((4, 2), dtype=bench.dtype, name="b")}

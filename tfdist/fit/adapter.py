@@ -124,11 +124,13 @@ class Adapter:
 
     @contextlib.contextmanager
     def _parts(self) -> Iterator[None]:
+        alone = replica.on_servers() if self.strategy.num_servers else contextlib.nullcontext()
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
         layers = patches.all_layers(self.model)
         with (
             patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
             patches.activity_of_replicas(layers, replica.activity_loss),
+            alone,
         ):
             yield
 

@@ -15,6 +15,7 @@ from tfdist import patches
 from tfdist.train import batch_norm, step
 
 _current: contextvars.ContextVar["Replica | None"] = contextvars.ContextVar("replica", default=None)
+_on_servers: contextvars.ContextVar[bool] = contextvars.ContextVar("on servers", default=False)
 
 
 class Communicates(Exception):
@@ -128,8 +129,17 @@ class Replica:
 
 
 def in_replica() -> bool:
-    replica = _current.get()
-    return replica is not None
+    return _current.get() is not None or _on_servers.get()
+
+
+@contextlib.contextmanager
+def on_servers():
+    """Inside, also the chief's own calls leave TensorFlow's strategy out: its updates cannot take a variable in parts."""
+    token = _on_servers.set(True)
+    try:
+        yield
+    finally:
+        _on_servers.reset(token)
 
 
 def _several() -> Replica | None:

@@ -74,7 +74,7 @@ class ServerSteps:
         def function(data: list):
             outputs = []
             for element in data:
-                batch = tf.nest.map_structure(tf.convert_to_tensor, element)
+                batch = keras.tree.map_structure(_leaf, element)
                 (found,) = self.strategy.run_on_workers([functools.partial(_call, compute, batch)])
                 outputs.append(found)
             return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
@@ -89,10 +89,10 @@ class ServerSteps:
             on_batch = not isinstance(iterator, tf.data.Iterator)
             for _ in range(1 if on_batch else self.model.steps_per_execution):
                 try:
-                    batch = tf.nest.map_structure(tf.convert_to_tensor, next(iterator))
+                    batch = keras.tree.map_structure(_leaf, next(iterator))
                 except tf.errors.OutOfRangeError:
                     raise StopIteration from None
-                spec = tf.nest.map_structure(tf.type_spec_from_value, batch) if on_batch else iterator.element_spec
+                spec = keras.tree.map_structure(_spec if on_batch else _spec_of_any_size, batch)
                 if str(spec) not in traced:
                     traced[str(spec)] = self._trace(compute, spec)
                 self._deal_out(traced[str(spec)], batch)
@@ -249,6 +249,23 @@ class ServerSteps:
         others = {name: value for name, value in (logs or {}).items() if name not in results and not isinstance(value, dict)}
         self.names = list(others)
         return [tf.convert_to_tensor(value) for value in others.values()]
+
+
+def _leaf(leaf):
+    if leaf is None or isinstance(leaf, tf.experimental.Optional):
+        return None  # how Keras passes a weight that is not there
+    return leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+
+
+def _spec(leaf):
+    return leaf if leaf is None else tf.type_spec_from_value(leaf)
+
+
+def _spec_of_any_size(leaf):
+    """One function for batches of all sizes."""
+    if not isinstance(leaf, tf.Tensor):
+        return _spec(leaf)
+    return tf.TensorSpec([None, *leaf.shape[1:]] if leaf.shape.rank else [], leaf.dtype)
 
 
 def _call(function: Callable, batch):
