@@ -174,6 +174,8 @@ class Adapter:
             if len(checkpoints) > 1:
                 raise UserError(f"fit: expected one tfdist.fit.Checkpoint, found {len(checkpoints)}")
             others = [one for one in given if one not in checkpoints]
+            if self.strategy.num_servers:
+                self._refuse_on_servers(given)
             call.set("callbacks", callbacks.of_this_worker(self.strategy, others, checkpoints))
             if not checkpoints:
                 yield
@@ -190,6 +192,11 @@ class Adapter:
             finally:
                 self.checkpoint = None
                 self.strategy.request_stop(False)
+
+    def _refuse_on_servers(self, given: list[keras.callbacks.Callback]) -> None:
+        for one in given:
+            if isinstance(one, (keras.callbacks.SwapEMAWeights, Checkpoint)):
+                support.refuse(support.OF_FIT_NOT_ON_SERVERS, type(self.strategy).__name__)
 
     def _stop_requested(self) -> bool:
         return "train" in self.steps and self.steps["train"].stop_requested()
