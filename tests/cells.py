@@ -33,13 +33,18 @@ SIXTEEN_BITS: dict[str, float] = {}
 ON_TWO_REPLICAS_ONLY: set[str] = set()
 REMOTE: list[str] = []  # not empty: pipelines run on other processes
 NOT_ON_SERVERS = {  # whose optimizer, or Python in the input, parameter servers refuse; tests of their own say so
-    "convolution_with_batch_norm_accumulation_and_adafactor", "muon_on_hidden_layers",
-    "mixed_float16_with_an_overflow_on_one_replica", "pipelines_that_end_at_different_steps",
+    "convolution_with_batch_norm_accumulation_and_adafactor",
+    "muon_on_hidden_layers",
+    "mixed_float16_with_an_overflow_on_one_replica",
+    "pipelines_that_end_at_different_steps",
 }
 NOT_IN_PARTS = NOT_ON_SERVERS | {  # with `gradients_per_update`: statistics of layers, and several outputs
-    "batch_norm_with_empty_replicas_and_added_losses", "a_model_that_keeps_tensors_across_batch_norms",
-    "added_losses_and_what_layers_count", "several_inputs_and_outputs_with_their_own_weights",
-    "frozen_layers_missing_gradients_and_averaged_evaluation", "a_step_that_is_not_finite_is_skipped_by_all",
+    "batch_norm_with_empty_replicas_and_added_losses",
+    "a_model_that_keeps_tensors_across_batch_norms",
+    "added_losses_and_what_layers_count",
+    "several_inputs_and_outputs_with_their_own_weights",
+    "frozen_layers_missing_gradients_and_averaged_evaluation",
+    "a_step_that_is_not_finite_is_skipped_by_all",
 }
 ALONE = {"every_other_optimizer"}  # many runs: it has a process, and a slow test, of its own
 

@@ -42,7 +42,9 @@ def task_pids(process) -> dict[str, int]:
     found = {}
     for pid in group_of(process):
         try:
-            environ = dict(item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item)
+            environ = dict(
+                item.split("=", 1) for item in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in item
+            )
             task = json.loads(environ["TF_CONFIG"])["task"]
             if parent_of(parent_of(pid)) == process.pid:
                 found[f"{task['type']} {task['index']}"] = pid
@@ -111,7 +113,9 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
     assert_all_gone(members, 2)
 
 
-@pytest.mark.parametrize(("task", "number"), [("ps 1", signal.SIGKILL), ("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("task", "number"), [("ps 1", signal.SIGKILL), ("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)]
+)
 def test_a_lost_server_or_chief_restarts_all_from_the_checkpoint(train, tmp_path, task, number):
     process = launch(2, 2, "--max-restarts=1", *train, f"--workdir={tmp_path}", "--config.train.num_steps=400")
     wait_for_step(tmp_path, 25, process)

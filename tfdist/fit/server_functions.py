@@ -201,7 +201,9 @@ class ServerSteps:
             def run():
                 outputs = getattr(model, method)(batch)
                 gradients = [gradients for _, gradients, _ in replica.taken]
-                own = [[variable._value.tensor for variable in of] for of in (self.metrics, self.layer_state, self.layer_seeds)]
+                own = [
+                    [variable._value.tensor for variable in of] for of in (self.metrics, self.layer_state, self.layer_seeds)
+                ]
                 return outputs, gradients, *own
 
             run = tf.function(run, jit_compile=True, autograph=False) if self.jit_compile and not by_rows else run
@@ -215,10 +217,10 @@ class ServerSteps:
 
     def _train(self, batch, step, seeds):
         if self.by_rows is None:
-            tables = () if self.jit_compile else servers.tables(patches.all_layers(self.model), self.model.trainable_variables)
-            self.by_rows = server_step.looked_up_only(
-                tables, lambda: self._inside(batch, step, seeds, "train_step", tables)
+            tables = (
+                () if self.jit_compile else servers.tables(patches.all_layers(self.model), self.model.trainable_variables)
             )
+            self.by_rows = server_step.looked_up_only(tables, lambda: self._inside(batch, step, seeds, "train_step", tables))
         counters = [servers.components(one._iterations)[0] for one in optimizers_of(self.model) if one.built]
         began_at = {counter.device + counter.name: tf.identity(counter) for counter in counters}
         logs, updates, sums, written, seeds, results = self._inside(batch, step, seeds, "train_step", self.by_rows)

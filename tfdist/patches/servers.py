@@ -149,7 +149,9 @@ def slices_of_table(table: Table, gradients: list) -> tf.IndexedSlices | None:
     pairs = [(ids, g) for (ids, _), g in zip(table.found, gradients, strict=True) if g is not None]
     if not pairs:
         return None
-    slices = [tf.IndexedSlices(tf.convert_to_tensor(g), tf.cast(ids, tf.int64), dense_shape(table.shape)) for ids, g in pairs]
+    slices = [
+        tf.IndexedSlices(tf.convert_to_tensor(g), tf.cast(ids, tf.int64), dense_shape(table.shape)) for ids, g in pairs
+    ]
     return add_slices(slices)
 
 

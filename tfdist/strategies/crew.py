@@ -164,4 +164,3 @@ class Crew:
         except OSError:
             return False
         return True
-

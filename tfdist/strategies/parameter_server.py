@@ -392,8 +392,7 @@ class Functions:
             if key not in self._traced:
                 function = self._function(part, iterator.by_number)
                 self._traced[key] = function.get_concrete_function(
-                    tf.data.IteratorSpec(iterator.spec), tf.TensorSpec([], tf.resource), tf.TensorSpec([], tf.int64),
-                    tf.TensorSpec([], tf.int64),
+                    tf.data.IteratorSpec(iterator.spec), tf.TensorSpec([], tf.resource), tf.TensorSpec([2], tf.int64)
                 )  # fmt: skip
         if self.updates and self._update is None:
 
@@ -410,7 +409,8 @@ class Functions:
 
     def _function(self, part: int, by_number: bool):
         @tf.function(autograph=False)
-        def on_worker(iterator, queue, drop, step):
+        def on_worker(iterator, queue, numbers):
+            drop, step = tf.unstack(numbers)
             asked_s = tf.timestamp()
             with tf.control_dependencies([asked_s]):
                 if by_number:
@@ -438,7 +438,7 @@ class Functions:
     def run(self, iterator: ServerInput, worker: Worker, task: Task) -> np.ndarray:
         fed, queue, drop = iterator.feed(worker, task)
         function = self._traced[self._key(iterator, task.part)]
-        return function(fed, queue, tf.constant(drop, tf.int64), tf.constant(task.step, tf.int64)).numpy()
+        return function(fed, queue, tf.constant([drop, task.step], tf.int64)).numpy()  # one tensor: each is a message
 
     def update(self, step: int) -> np.ndarray:
         return self._update(tf.constant(step, tf.int64)).numpy()

@@ -124,9 +124,7 @@ class Schedule:
         """What has finished, once that is `enough` or nothing more will; sooner when the time is up. Raises what made a
         worker fail."""
         with self.changed:
-            self.changed.wait_for(
-                lambda: self.error is not None or len(self.finished) >= enough or self.is_quiet, timeout_s
-            )
+            self.changed.wait_for(lambda: self.error is not None or len(self.finished) >= enough or self.is_quiet, timeout_s)
             if self.error is not None:
                 raise self.error
             found = list(self.finished)[:enough]

@@ -18,7 +18,9 @@ class _NotThereYet:
     """Foreseen in the interface of `base.Strategy`, and refused until it comes."""
 
     def __init__(self, *args, **kwargs):
-        raise UserError(f"{type(self).__name__}: not there yet; use OneDevice, Mirrored, MultiWorkerMirrored or ParameterServer")
+        raise UserError(
+            f"{type(self).__name__}: not there yet; use OneDevice, Mirrored, MultiWorkerMirrored or ParameterServer"
+        )
 
 
 class TPU(_NotThereYet):

@@ -15,6 +15,7 @@ from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, check_strategy, split_address
 from tfdist.errors import DONE, PEER_LOST, UserError
 
+_THREADS = 8  # that steps, reads and updates of others share
 _LOOK_EVERY_S, _GONE_AFTER_S = 1.0, 4.0
 
 
@@ -31,6 +32,8 @@ def serve(cluster: Cluster, start_timeout_s: float = 300.0) -> None:
             job_name=cluster.task.type,
             task_index=cluster.task.index,
             protocol="grpc",
+            # on one core TensorFlow would take one thread, and a step that waits for its input waits for ever
+            config=tf.compat.v1.ConfigProto(inter_op_parallelism_threads=max(_THREADS, os.cpu_count() or 1)),
         )
     except tf.errors.OpError as error:
         raise UserError(

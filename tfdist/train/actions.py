@@ -44,7 +44,9 @@ class Log:
     def maybe(self, trainer: "Trainer", turn: Turn) -> None:
         done = turn.step - turn.first_step
         if turn.last and (report := trainer.strategy.report()):
-            trainer.write({"kind": "event", "name": "workers", "step": turn.step, "updates": trainer.state.updates, **report})
+            trainer.write(
+                {"kind": "event", "name": "workers", "step": turn.step, "updates": trainer.state.updates, **report}
+            )
         if not done:
             return
         tokens_per_s = math.fsum(turn.outputs["tokens"]) / turn.seconds

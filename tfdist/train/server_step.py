@@ -145,7 +145,9 @@ def looked_up_only(tables: tuple[keras.Variable, ...], sums: Callable) -> tuple[
     def look():
         with servers.watched_tables() as made:
             sums()
-        read.extend(any(table.was_read_whole for table in made if table.parts[0] is servers.components(v)[0]) for v in tables)
+        read.extend(
+            any(table.was_read_whole for table in made if table.parts[0] is servers.components(v)[0]) for v in tables
+        )
         return tf.zeros([])
 
     tf.function(look, autograph=False).get_concrete_function()
@@ -172,7 +174,9 @@ def cut(variables: list[keras.Variable], gradients: list) -> list[Piece]:
                 ids = tf.cast(gradient.indices, tf.int64)
                 if len(parts) > 1:
                     here = tf.reshape(tf.where((ids >= first) & (ids < end)), [-1])
-                    own = tf.IndexedSlices(tf.gather(gradient.values, here), tf.gather(ids, here) - first, servers.dense_shape(part.shape))
+                    own = tf.IndexedSlices(
+                        tf.gather(gradient.values, here), tf.gather(ids, here) - first, servers.dense_shape(part.shape)
+                    )
                 else:
                     own = tf.IndexedSlices(gradient.values, ids, servers.dense_shape(part.shape))
             elif len(parts) > 1:
