@@ -129,7 +129,8 @@ def slow_down(pid: int, over: threading.Event) -> None:
 
 def main(_) -> None:
     if flags.FLAGS.job:
-        return run_job(flags.FLAGS.job)
+        run_job(flags.FLAGS.job)
+        return
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:

@@ -50,7 +50,19 @@ def test_two_workers_in_float64(cell):
     assert_equal_to_one_device(cell, "multi_worker:2x1", "float64", TWO_WORKERS)
 
 
-REST = [(s, d, cell) for s in STRATEGIES for d in DTYPES for cell in cells_of(s, d)]
+SERVERS = ("rows_of_embeddings_with_sgd_and_adagrad", "several_inputs_and_outputs_with_their_own_weights")
+
+
+@pytest.mark.parametrize("cell", SERVERS)
+def test_parameter_servers_in_float64(cell):
+    """Variables in parts on two servers, one worker, no staleness."""
+    assert_equal_to_one_device(cell, "parameter_server:1x2", "float64", SERVERS)
+
+
+COLUMNS = [(s, d) for s in STRATEGIES for d in DTYPES] + [
+    ("parameter_server:1x2", "float64"), ("parameter_server:1x2", "float32"), ("parameter_server:2x2x2", "float64"),
+]  # fmt: skip
+REST = [(s, d, cell) for s, d in COLUMNS for cell in cells_of(s, d)]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tfdist.fit.checkpoint import Checkpoint
 from tfdist.fit.functions import Steps
 from tfdist.fit.input import Input
 from tfdist.fit.server_functions import ServerSteps
+from tfdist.patches import servers
 from tfdist.strategies import base, support
 from tfdist.train.signals import StopRequest
 
@@ -138,14 +139,12 @@ class Adapter:
         """Under parameter servers the results of metrics wait for the steps that still run."""
         if not self.strategy.num_servers:
             return {}
-        stock = self.model._get_metrics_result_or_logs
 
-        def results(logs):
+        def wait():
             for steps in self.steps.values():
                 steps.settle()
-            return stock(logs)
 
-        return {"_get_metrics_result_or_logs": results}
+        return servers.results_after(self.model, wait)
 
     # ---- the arguments of a call ----
 

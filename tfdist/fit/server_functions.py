@@ -196,13 +196,14 @@ class ServerSteps:
             replica.computing(), servers.locals_in_place(zeros + given), servers.pulled_values(),
             servers.tapes_of(pulled, model.trainable_variables), sample_position(SamplePosition(self.seed, step, 0)),
         ):  # fmt: skip
-            before = [variable._value.tensor for variable in self.layer_state]
+            before = [servers.in_place(variable).tensor for variable in self.layer_state]
 
             def run():
                 outputs = getattr(model, method)(batch)
                 gradients = [gradients for _, gradients, _ in replica.taken]
                 own = [
-                    [variable._value.tensor for variable in of] for of in (self.metrics, self.layer_state, self.layer_seeds)
+                    [servers.in_place(variable).tensor for variable in of]
+                    for of in (self.metrics, self.layer_state, self.layer_seeds)
                 ]
                 return outputs, gradients, *own
 
@@ -221,12 +222,12 @@ class ServerSteps:
                 () if self.jit_compile else servers.tables(patches.all_layers(self.model), self.model.trainable_variables)
             )
             self.by_rows = server_step.looked_up_only(tables, lambda: self._inside(batch, step, seeds, "train_step", tables))
-        counters = [servers.components(one._iterations)[0] for one in optimizers_of(self.model) if one.built]
+        counters = [servers.components(one.iterations)[0] for one in optimizers_of(self.model) if one.built]
         began_at = {counter.device + counter.name: tf.identity(counter) for counter in counters}
         logs, updates, sums, written, seeds, results = self._inside(batch, step, seeds, "train_step", self.by_rows)
         staleness = tf.zeros([], tf.int64)
         for optimizer, gradients, variables in updates:
-            variables = list(variables if variables is not None else optimizer._trainable_variables)
+            variables = list(variables if variables is not None else servers.variables_of(optimizer))
             _check(optimizer, self.model)
             update = server_step.Updates(self.strategy, optimizer, variables)
             counter = update.counter
@@ -247,7 +248,7 @@ class ServerSteps:
             return self.model.predict_step(batch)
 
     def _others(self, logs, results: set[str]) -> list[tf.Tensor]:
-        """What a `train_step` of the model's own logs besides the results of metrics: of one batch, the last that is done."""
+        """What a `train_step` of the model's own logs besides the results of metrics: of the last batch that is done."""
         others = {name: value for name, value in (logs or {}).items() if name not in results and not isinstance(value, dict)}
         self.names = list(others)
         return [tf.convert_to_tensor(value) for value in others.values()]

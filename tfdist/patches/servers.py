@@ -1,6 +1,7 @@
 """Entries for parameter servers: variables that are not where the computation is."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -30,6 +31,30 @@ def whole(variable: keras.Variable) -> tf.Tensor:
     """Its value, of all parts."""
     parts = [part.read_value() for part in components(variable)]
     return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+
+
+def in_place(variable: keras.Variable):
+    """What it is bound to now."""
+    return variable._value
+
+
+def variables_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Those that it was built for. What: `Optimizer._trainable_variables`. Versions: Keras 3.10-3.15."""
+    return list(optimizer._trainable_variables)
+
+
+def results_after(model: keras.Model, wait: Callable[[], None]) -> dict[str, Callable]:
+    """Methods of a model whose metrics are read at the end of an epoch after `wait`.
+
+    What: `Trainer._get_metrics_result_or_logs`. Why: steps may still run then. Versions: Keras 3.10-3.15.
+    """
+    stock = model._get_metrics_result_or_logs
+
+    def results(logs):
+        wait()
+        return stock(logs)
+
+    return {"_get_metrics_result_or_logs": results}
 
 
 class Local:

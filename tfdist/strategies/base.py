@@ -18,12 +18,14 @@ class InputContext:
     Which rows those are, `rows` says: micro-batches, dropout masks and batch statistics then are those of one device.
     `pipeline` of `pipelines`: which input pipeline this is; one per worker. `replicas`: over all workers, as many in each.
     `weights`: how many rows each pipeline reads, in proportion; none: as many each.
+    `given_steps`: what `steps` gives, where they are dealt out.
     `start_step`: the first element must be the one of this step; a function that never looks at it gets
     `Dataset.skip(start_step)`.
     """
 
     def __init__(
-        self, pipeline: int = 0, pipelines: int = 1, replicas: int = 0, start_step: int = 0, weights: Sequence[float] = ()
+        self, pipeline: int = 0, pipelines: int = 1, replicas: int = 0, start_step: int = 0, weights: Sequence[float] = (),
+        given_steps: Callable[[], tf.data.Dataset] | None = None,
     ):  # fmt: skip
         self.pipeline, self.pipelines, self.replicas = pipeline, pipelines, replicas or pipelines
         if weights and len(weights) != pipelines:
@@ -31,7 +33,7 @@ class InputContext:
         self.weights = tuple(weights)
         self._start_step, self.start_step_was_read = start_step, False
         self.steps_were_read, self.end = False, None  # what `steps` was asked for
-        self._given_steps: Callable[[], tf.data.Dataset] | None = None
+        self._given_steps = given_steps
 
     @property
     def start_step(self) -> int:
@@ -47,13 +49,6 @@ class InputContext:
         if self._given_steps is not None:
             return self._given_steps()
         return tf.data.Dataset.range(self._start_step, np.iinfo(np.int64).max if end is None else end)
-
-    @classmethod
-    def of_steps(cls, given: Callable[[], tf.data.Dataset], *args, **kwargs) -> "InputContext":
-        """One whose `steps` are given by somebody else."""
-        context = cls(*args, **kwargs)
-        context._given_steps = given
-        return context
 
     def rows(self, global_batch_size: int, accumulate_steps: int = 1) -> np.ndarray:
         """Which rows of every global batch this pipeline reads: its part of each micro-batch. Disjoint and complete.

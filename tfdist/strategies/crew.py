@@ -8,6 +8,7 @@ while one worker never answers.
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,8 @@ class Worker:
         self.device = f"/job:worker/replica:0/task:{task.index}"
         self.remote = patches.Remote(self.device)
         self.generation, self.is_there = 0, True
-        self.made: dict[Any, Any] = {}  # iterators and the like, of this generation
+        # of each input that is in use, its iterators, of this generation
+        self.made: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
         self.steps_done = 0
 
     def forget(self) -> None:

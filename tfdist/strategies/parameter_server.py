@@ -5,6 +5,7 @@ import functools
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ _LOOK_EVERY_S = 0.2
 
 class ServerStep:
     """What `ParameterServer.make_steps` is given: `compute(batch, step, part)` -> scalars, traced once for each part and run
-    on a worker; `update(step)` -> scalars, once for each step after all its parts, run by the chief; `done(step)`, on the chief.
+    on a worker; `update(step)` -> scalars, once for each step after all its parts, by the chief; `done(step)`, there too.
     """
 
     compute: Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
@@ -201,7 +202,9 @@ class ParameterServer:
         until = iterator.step + n + ahead
         schedule.allow(until if iterator.end is None else min(until, iterator.end))
         if not iterator.is_begun:
-            self.crew.begin(schedule, functools.partial(functions.run, iterator))
+            itself = weakref.ref(iterator)  # an input that nobody reads any more ends, whatever is left of it
+            weakref.finalize(iterator, self.crew.end, schedule)
+            self.crew.begin(schedule, lambda worker, task: functions.run(itself(), worker, task))
             iterator.is_begun = True
         rows: list[np.ndarray] = []
         reruns, ended_s = len(schedule.reruns), time.monotonic()
@@ -268,9 +271,10 @@ class ParameterServer:
     def report(self) -> dict[str, Any]:
         """What happened so far: steps of each worker, how many updates came between a step's reading and its writing, which
         steps were run again because their worker was lost, and the longest time without a step."""
+        worst = max(self._staleness, default=0)
         steps = ", ".join(f"{worker.name} {worker.steps_done}" for worker in self.crew.workers)
         return {
-            "reason": f"steps of {steps}; run again: {len(self._reruns)}; staleness at most {max(self._staleness, default=0)}",
+            "reason": f"steps of {steps}; run again: {len(self._reruns)}; staleness at most {worst}",
             "steps": {worker.name: worker.steps_done for worker in self.crew.workers},
             "staleness": {str(updates): count for updates, count in sorted(self._staleness.items())},
             "rerun_steps": list(self._reruns),
@@ -339,8 +343,7 @@ class ServerInput:
         self.end = context.end if self.by_number else start_step + batches if batches >= 0 else None
 
     def _context(self, part: int, start_step: int, given=None) -> InputContext:
-        arguments = (part, self.schedule.parts, self.schedule.parts, start_step)
-        return InputContext.of_steps(given, *arguments) if given else InputContext(*arguments)
+        return InputContext(part, self.schedule.parts, self.schedule.parts, start_step, given_steps=given)
 
     def _rows_of(self, part: int) -> int:
         dataset = self._dataset_fn(self._context(part, 0))
@@ -352,14 +355,14 @@ class ServerInput:
 
     def feed(self, worker: Worker, task: Task) -> tuple[Any, tf.Tensor, int]:
         """(iterator, queue of step numbers, how many elements to drop first) for a task, on its worker."""
-        key = (id(self), task.part)
-        made = worker.made.get(key)
+        of_parts = worker.made.setdefault(self, {})
+        made = of_parts.get(task.part)
         if made is None or (not self.by_number and made[2] > task.step):
-            with self._making:  # dataset functions are the user's, and run in one thread at a time
-                with tf.device(f"{worker.device}/device:CPU:0"):
-                    made = self._make(task)
+            # dataset functions are the user's, and run in one thread at a time
+            with self._making, tf.device(f"{worker.device}/device:CPU:0"):
+                made = self._make(task)
         iterator, queue, at = made
-        worker.made[key] = (iterator, queue, task.step + 1)
+        of_parts[task.part] = (iterator, queue, task.step + 1)
         return iterator, queue.queue_ref, task.step - at
 
     def _make(self, task: Task):

@@ -15,7 +15,23 @@ GENERATORS = "`fit`: PyDataset, generators"
 MULTI_OPTIMIZER = "clipping or EMA inside of a MultiOptimizer"
 _INSIDE = "a norm, and the averages, are of all variables; pass Trainer(clip_norm=...)"
 
+OF_FIT_NOT_ON_SERVERS = "`fit`: tfdist.fit.Checkpoint and SwapEMAWeights"
 _ALIKE = "each worker would run it by itself; write a tf.data.Dataset, which all read alike"
+
+# what parameter servers do not do, or not as the others; all else they do
+_ON_SERVERS = {
+    "train, with every Keras optimizer": (
+        "Nadam and MultiOptimizer no; Adafactor, Muon and Lamb with partitioner='none' only; all others yes"
+    ),
+    "pipelines that end at different steps: all finish together": "there is one dataset, whose steps are dealt out",
+    "activation recompute": "activations are kept: weights that came from a server cannot be found again",
+    "mixed_float16 with dynamic loss scaling (equal within 16 bits)": "workers would scale each other's losses",
+    "gradients reduced in bfloat16 (not equal to one device)": "each worker's gradients go to the servers as they are",
+    "`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules": (
+        "clipping, averages, decay and schedules yes; accumulation and loss scale no"
+    ),
+    OF_FIT_NOT_ON_SERVERS: "other workers' steps are on their way; use tfdist.Trainer, or save from on_epoch_end",
+}
 
 # feature -> strategy -> YES or the reason
 TABLE: dict[str, dict[str, str]] = {
@@ -24,7 +40,8 @@ TABLE: dict[str, dict[str, str]] = {
         "Mirrored": mirrored,
         # one implementation: what holds for the replicas of one process holds for many
         "MultiWorkerMirrored": several[0] if several else mirrored,
-        "ParameterServer": _LATER,
+        # with `max_staleness=0`, or `gradients_per_update`: otherwise the order of updates is nobody's
+        "ParameterServer": _INSIDE if feature == MULTI_OPTIMIZER else _ON_SERVERS.get(feature, YES),
         "TPU": _LATER,
     }
     for feature, one_device, mirrored, *several in (
@@ -60,7 +77,7 @@ TABLE: dict[str, dict[str, str]] = {
         ("`fit`: a `train_step` of one's own (losses count by rows; what it clips itself stays per replica)", YES, YES),
         ("`fit`: XLA (not with masks, batch normalisation or a `train_step` of one's own on several replicas)", YES, YES),
         ("`fit`: callbacks; files and lines are the chief's, decisions everybody's", YES, YES),
-        ("`fit`: tfdist.fit.Checkpoint", YES, YES),
+        (OF_FIT_NOT_ON_SERVERS, YES, YES),
         (GENERATORS, YES, YES, _ALIKE),
     )
 }
@@ -111,7 +128,7 @@ def jit_compile(setting: str, model: keras.Model) -> bool:
 
 def markdown() -> str:
     """The table of the README; a test keeps the two equal."""
-    shown = ("OneDevice", "Mirrored", "MultiWorkerMirrored")
+    shown = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer")
     notes: list[str] = []
 
     def cell(reason: str) -> str:

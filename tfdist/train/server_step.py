@@ -1,8 +1,8 @@
 """One step under parameter servers: a worker pulls the variables, computes, and pushes its gradients; each server updates
 what it holds. The rules are those of `step`: sum, divide, check, clip, update."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -13,13 +13,14 @@ from tfdist.errors import UserError
 from tfdist.patches import servers
 from tfdist.strategies.base import Batch
 from tfdist.strategies.parameter_server import ParameterServer, ServerStep
-from tfdist.train import batch_norm, step
+from tfdist.train import step
 from tfdist.train.loss import Loss, output_weights
 from tfdist.train.state import TrainState
 from tfdist.train.step import Replica, StepOptions
 
 
-class Piece(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """The gradient of one part of a variable."""
 
     index: int  # of the trainable variable
@@ -35,7 +36,7 @@ class Piece(NamedTuple):
     def with_values(self, values: tf.Tensor) -> "Piece":
         if isinstance(self.gradient, tf.IndexedSlices):
             values = tf.IndexedSlices(values, self.gradient.indices, self.gradient.dense_shape)
-        return self._replace(gradient=values)
+        return dataclasses.replace(self, gradient=values)
 
 
 class TrainStep(ServerStep):
@@ -71,22 +72,23 @@ class TrainStep(ServerStep):
         """Gradients, stats [5] and what the forward pass wrote, less what was there before."""
         state, compiled = self.state, self.options.jit_compile and not by_rows
         with servers.Pulled([*state.model.variables, state.step], by_rows) as pulled, servers.pulled_values():
-            state.step._value.assign(step_number)
-            before = [variable._value.tensor for variable in state.written_by_forward]
+            servers.in_place(state.step).assign(step_number)
+            before = [servers.in_place(variable).tensor for variable in state.written_by_forward]
             totals = output_weights(self.loss, batch.weight)
-            fresh = [(v, v._value, v._value.tensor) for v in state.model.variables if isinstance(v._value, servers.Local)]
+            held = [servers.in_place(variable) for variable in state.model.variables]
+            fresh = [(local, local.tensor) for local in held if isinstance(local, servers.Local)]
 
             def forward_backward():
                 gradients, stats = step.accumulate(
                     state, self.loss, batch, totals, self.options.seed, replica, sources=pulled,
                     unrolled=bool(by_rows or state.written_by_forward),
                 )  # fmt: skip
-                return gradients, stats, [variable._value.tensor for variable in state.written_by_forward]
+                return gradients, stats, [servers.in_place(variable).tensor for variable in state.written_by_forward]
 
             # made anew for each graph, whose tensors it captures
             function = tf.function(forward_backward, jit_compile=True, autograph=False) if compiled else forward_backward
             gradients, stats, after = function()
-            for _, local, tensor in fresh:  # what the function's own graph has put there is of no use outside
+            for local, tensor in fresh:  # what the function's own graph has put there is of no use outside
                 local.tensor = tensor
             return gradients, stats, list(zip(state.written_by_forward, before, after, strict=True))
 
@@ -110,8 +112,10 @@ def check(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
     """Raises `UserError` for optimizers that cannot update parts of a variable, on several servers."""
     name = type(optimizer).__name__
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise UserError("ParameterServer: expected a model in float32, bfloat16 or mixed_bfloat16, found one whose loss is "
-                        "scaled (mixed_float16): workers would lower the scale for each other's steps")  # fmt: skip
+        raise UserError(
+            "ParameterServer: expected a model in float32, bfloat16 or mixed_bfloat16, found one whose loss is scaled "
+            "(mixed_float16): workers would lower the scale for each other's steps"
+        )
     if getattr(optimizer, "optimizers", None):
         raise UserError("ParameterServer: expected one optimizer, found a MultiOptimizer; use another strategy")
     if servers.updates_all_at_once(optimizer):
@@ -119,12 +123,16 @@ def check(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
                         "update as one; use Adam, AdamW, Adagrad or SGD")  # fmt: skip
     sharded = [v.path for v in variables if len(servers.components(v)) > 1]
     if sharded and name in ("Adafactor", "Muon", "Lamb"):
-        raise UserError(f"ParameterServer: {name} updates a variable as a whole, but {sharded[0]} is cut over the servers; use "
-                        "partitioner='none' (strategy.partitioner=none), or another optimizer")  # fmt: skip
+        raise UserError(
+            f"ParameterServer: {name} updates a variable as a whole, but {sharded[0]} is cut over the servers; use "
+            "partitioner='none' (strategy.partitioner=none), or another optimizer"
+        )
     constrained = [v.path for v in variables if v.constraint is not None and len(servers.components(v)) > 1]
     if constrained:
-        raise UserError(f"ParameterServer: the constraint of {constrained[0]} is of the whole variable, which is cut over the "
-                        "servers; use partitioner='none'")  # fmt: skip
+        raise UserError(
+            f"ParameterServer: the constraint of {constrained[0]} is of the whole variable, which is cut over the servers; "
+            "use partitioner='none'"
+        )
 
 
 def _check_parts(state: TrainState, loss: Loss) -> None:
@@ -374,7 +382,7 @@ class Slots:
                     total = servers.add_slices([tf.IndexedSlices(values, ids, shape) for values, ids in parts])
                 else:
                     total = tf.add_n([values for (values,) in parts])
-            pieces.append(piece._replace(gradient=total, at=piece.part.device))
+            pieces.append(dataclasses.replace(piece, gradient=total, at=piece.part.device))
         return pieces, tf.add_n([values for (values,) in stats])
 
     def _take(self, name: str, key: tf.Tensor, like: list[tf.Tensor]) -> list[tf.Tensor]:

@@ -11,8 +11,8 @@ from absl import logging
 
 from tfdist import patches
 from tfdist.errors import UserError
-from tfdist.patches import servers
 from tfdist.models.dropout import SamplePosition, sample_position
+from tfdist.patches import servers
 from tfdist.strategies.base import Batch, ReplicaStep, Strategy
 from tfdist.train import batch_norm, forward_state, loss_scale
 from tfdist.train.loss import Loss, combined, output_weights
