@@ -50,7 +50,7 @@ def run_job(job: str) -> None:
         if job == "compute":
             model = TransformerLM(ModelConfig(num_layers=2, num_heads=4, model_dim=128), 256)
             optimizer, loss = keras.optimizers.AdamW(1e-3), next_token_loss
-            batch = tf.zeros([8, 256], tf.int32), tf.zeros([8, 256], tf.int32)
+            batch = tf.zeros([16, 256], tf.int32), tf.zeros([16, 256], tf.int32)
         elif job == "empty":
             model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
             optimizer, loss, batch = keras.optimizers.SGD(0.1), squared, (tf.zeros([1, 1]), tf.zeros([1]))
@@ -69,7 +69,7 @@ def run_job(job: str) -> None:
         return tf.data.Dataset.from_tensors(batch).repeat()
 
     trainer = tfdist.Trainer(strategy, model, optimizer, loss, writers=[], steps_per_loop=1000)
-    warm, measured = {"compute": (10, 40), "empty": (50, 1000), "rows": (50, 300)}[job]
+    warm, measured = {"compute": (8, 30), "empty": (50, 1000), "rows": (50, 300)}[job]
     trainer.train(dataset_fn, warm)
     done = strategy.report()["steps"]
     started_s, bytes_before = time.perf_counter(), loopback_bytes()
