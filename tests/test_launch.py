@@ -290,7 +290,8 @@ def chief_and_server(**values) -> list[Seen]:
         ([*chief_and_server(), seen(0, phase="serve", exit_code=137, exited_s=90.0), seen(1, phase="serve")], None, ""),
         ([*chief_and_server(), seen(0, phase="serve", beat_s=90.0)], None, ""),  # its own supervisor starts it again
         ([*chief_and_server(), seen(0, phase="serve", heard_s=90.0), seen(1, phase="serve")], None, ""),
-        ([*chief_and_server(), seen(0, exit_code=137, exited_s=90.0)], 137, "worker 0 was killed"),  # the only one
+        ([*chief_and_server(), seen(0, exit_code=137, exited_s=90.0)], 140, "all workers are lost; worker 0 was killed"),
+        ([*chief_and_server(), seen(0, exit_code=2, exited_s=90.0)], 2, "worker 0 ended with exit code 2"),
         ([*chief_and_server(ps={"beat_s": 90.0}), seen(0, phase="serve")], 142, "ps 0 is frozen"),
         ([*chief_and_server(ps={"exit_code": 137, "exited_s": 90.0}), seen(0, phase="serve")], 137, "ps 0 was killed"),
         ([*chief_and_server(chief={"moved_s": 90.0}), seen(0, phase="serve", moved_s=0.0)], 142, "chief 0"),  # stuck

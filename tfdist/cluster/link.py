@@ -33,6 +33,7 @@ class SupervisorLink:
         self._reached = 0  # the training step by now
         self._progress: Progress = lambda: (0, 0)
         self._on_lost: Callable[[Task], None] = lambda task: None
+        self._lost: list[Task] = []
         self._closed = threading.Event()
         if fd is None:
             return
@@ -67,6 +68,8 @@ class SupervisorLink:
         """What to do when the supervisor says that a worker is gone that this process can do without; called from another
         thread."""
         self._on_lost = act
+        for task in list(self._lost):
+            act(task)
 
     def close(self) -> None:
         if self.is_there and not self._closed.is_set():
@@ -109,7 +112,8 @@ class SupervisorLink:
                 if word == b"stop":
                     os.kill(os.getpid(), signal.SIGTERM)
                 elif word == b"lost":
-                    self._on_lost(Task(rest[0].decode(), int(rest[1])))
+                    self._lost.append(Task(rest[0].decode(), int(rest[1])))
+                    self._on_lost(self._lost[-1])
 
 
 @functools.cache

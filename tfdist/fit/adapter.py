@@ -116,6 +116,10 @@ class Adapter:
             try:
                 with _IN_FORCE, self._parts(), self._prepared(call):
                     return stock(*call.bound.args, **call.bound.kwargs)
+            except BaseException:
+                for steps in self.steps.values() if self.strategy.num_servers else ():
+                    steps.abandon()
+                raise
             finally:
                 self.runs = False
                 patches.start_at_epoch(self.model, 0)

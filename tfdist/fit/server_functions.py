@@ -2,6 +2,7 @@
 to the next free worker, which runs the model's own `train_step` on what it has pulled from the servers."""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.schedule import Schedule, Task
 from tfdist.train import server_step, state
 
-_LOOK_EVERY_S = 0.2
+_LOOK_EVERY_S, _ABANDON_S = 0.2, 10.0
 
 
 class ServerSteps:
@@ -148,7 +149,7 @@ class ServerSteps:
 
     def _take(self, enough: int) -> None:
         with self.strategy.peers():
-            for task, _, (sums, others, seeds, staleness) in self.schedule.results(enough, _LOOK_EVERY_S):
+            for task, worker, (sums, others, seeds, staleness) in self.schedule.results(enough, _LOOK_EVERY_S):
                 self.totals = [total + change for total, change in zip(self.totals, sums, strict=True)]
                 self.others = dict(zip(self.names, others, strict=True))
                 if self.seed_change is None:
@@ -157,7 +158,7 @@ class ServerSteps:
                 self.batches.pop(task.step)
                 self.seeds.pop(task.step) if task.step else None
                 self.done += 1
-                self.strategy.count_step(int(staleness))
+                self.strategy.count_step(worker, int(staleness))
 
     def settle(self) -> None:
         """Waits for all steps that run, and puts what they have counted where Keras looks for it."""
@@ -173,6 +174,18 @@ class ServerSteps:
             for variable, first, change in zip(self.layer_seeds, self.seeds[0], self.seed_change, strict=True):
                 variable.assign((first + change * np.uint64(self.begun)).astype(first.dtype))
         self.schedule = None
+
+    def abandon(self) -> None:
+        """After an error: nothing of the steps that still run counts."""
+        schedule, self.schedule = self.schedule, None
+        if schedule is None:
+            return
+        schedule.stop()
+        self.strategy.crew.end(schedule)
+        until_s = time.monotonic() + _ABANDON_S
+        while schedule.running and time.monotonic() < until_s:
+            time.sleep(_LOOK_EVERY_S / 10)
+        self.batches.clear()
 
     def _logs(self) -> dict[str, Any]:
         if self.schedule is None:
@@ -225,7 +238,7 @@ class ServerSteps:
         counters = [servers.components(one.iterations)[0] for one in optimizers_of(self.model) if one.built]
         began_at = {counter.device + counter.name: tf.identity(counter) for counter in counters}
         logs, updates, sums, written, seeds, results = self._inside(batch, step, seeds, "train_step", self.by_rows)
-        staleness = tf.zeros([], tf.int64)
+        staleness, applied = tf.zeros([], tf.int64), tf.constant(True)
         for optimizer, gradients, variables in updates:
             variables = list(variables if variables is not None else servers.variables_of(optimizer))
             _check(optimizer, self.model)
@@ -235,8 +248,9 @@ class ServerSteps:
             pieces = server_step.cut(variables, [None if g is None else g for g in gradients])
             outputs = update.apply(pieces, numbers, [], began_at[counter.device + counter.name])
             staleness = tf.maximum(staleness, tf.cast(outputs["staleness"], tf.int64))
+            applied = applied & ~tf.cast(outputs["skipped"], tf.bool)
         for variable, before, after in written:
-            server_step.add_change(variable, before, after, tf.constant(True))
+            server_step.add_change(variable, before, after, applied)
         return sums, self._others(logs, results), seeds, staleness
 
     def _test(self, batch, step, seeds):

@@ -190,6 +190,8 @@ class Supervisor:
             code = STOPPED  # it had nothing to save, or nobody wanted to wait
         role = (self.me.type, bool(self.job.cluster.ps))
         if code not in (DONE, STOPPED) and restarts.POLICY[role] == restarts.ALONE and not self.stopping:
+            if self.serves and mine.phase == "serve":  # it got that far: whatever came then is no error of its start
+                self.budget.last = None
             wait_s = self.budget.next_start_in_s(code, describe_exit(code), mine.step)
             if wait_s is not None:
                 self._say(f"{self.me} {describe_exit(code)}; it starts again in {wait_s:g} s "

@@ -85,6 +85,10 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
         without = [seen for seen in workers if is_frozen(seen, limits, now_s)]  # its own supervisor starts it again
         lost = [seen for seen in workers if is_lost(seen, limits, now_s)]
         without += lost if len(lost) < len(workers) else []  # the others go on
+        first = min(lost, key=lambda seen: seen.exited_s, default=None)
+        if workers and len(lost) == len(workers) and (first.exit_code is None or first.exit_code > 128):
+            message = f"all workers are lost; {first.task} {describe_exit(first.exit_code or PEER_LOST)}"
+            return Verdict(PEER_LOST, message, None, step)
         everyone = [seen for seen in everyone if seen not in without]
     failed = [seen for seen in everyone if seen.exit_code not in (None, DONE, STOPPED)]
     causes = [seen for seen in failed if seen.exit_code != PEER_LOST]

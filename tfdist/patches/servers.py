@@ -269,7 +269,11 @@ def tapes_of(pulled: Pulled, variables: list[keras.Variable]):
         ]
         found = stock_gradient(self, target, inner, *args, **kwargs)
         pairs = zip(sources, found, strict=True)
-        return [slices_of_table(one, g) if isinstance(one, Table) else g for one, g in pairs]
+        # of a value that was pulled as a whole, each occurrence of a row would count by itself
+        return [
+            slices_of_table(one, g) if isinstance(one, Table) else None if g is None else tf.convert_to_tensor(g)
+            for one, g in pairs
+        ]
 
     tf.GradientTape.__enter__, tf.GradientTape.gradient = enter, gradient
     try:
@@ -355,13 +359,17 @@ def _slots_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -
     """
     index = _index_of(optimizer, variable)
     own, number = {id(one) for one in optimizer.variables}, len(optimizer._trainable_variables)
-    lists = [value for value in vars(optimizer).values() if isinstance(value, list) and len(value) == number]
+    others = ("_variables", "_trainable_variables")
+    lists = [value for name, value in vars(optimizer).items()
+             if name not in others and isinstance(value, list) and len(value) == number]  # fmt: skip
     return [value[index] for value in lists if id(value[index]) in own]
 
 
 def scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor) -> dict[int, Any]:
     """By id: what its scalar variables are for one update; `count`: how many came before it."""
-    found = {id(v): tf.convert_to_tensor(components(v)[0]) for v in optimizer.variables if not len(v._shape)}
+    slots = {id(slot) for one in optimizer._trainable_variables for slot in _slots_of(optimizer, one)}
+    own = [v for v in optimizer.variables if not len(v._shape) and id(v) not in slots]
+    found = {id(v): tf.convert_to_tensor(components(v)[0]) for v in own}
     return found | {id(optimizer._iterations): tf.cast(count, optimizer._iterations._dtype)}
 
 
@@ -440,11 +448,21 @@ class Remote:
             yield
 
 
-def connect_again() -> None:
-    """Takes back workers that were restarted at the addresses of lost ones. One thread at a time: two at once crash.
+def connect_again(absent: set[int]) -> None:
+    """Takes back workers that were restarted at the addresses of lost ones, but for those with an index among the `absent`.
+    One thread at a time: two at once crash.
 
     What: `Context.update_server_def`, as ClusterCoordinator does. Versions: TensorFlow 2.19-2.21.
     """
     from tensorflow.python.eager import context
 
-    context.context().update_server_def(context.context()._server_def)
+    eager = context.context()
+    if not hasattr(eager, "tfdist_server_def"):  # of everybody
+        eager.tfdist_server_def = type(eager._server_def)()
+        eager.tfdist_server_def.CopyFrom(eager._server_def)
+    present = type(eager._server_def)()
+    present.CopyFrom(eager.tfdist_server_def)
+    for job in present.cluster.job:
+        for index in absent if job.name == "worker" else ():
+            job.tasks.pop(index, None)
+    eager.update_server_def(present)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,26 @@ from tfdist.strategies.schedule import Task as StepTask
 # how the death of a peer shows; everything else is an error of the program
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
         tf.errors.InternalError)  # fmt: skip
+# the same, when a worker has died and is back before anybody has asked it: it knows nothing of what was sent to it before
+_LOST_TEXTS = ("unknown device", "Primary device is not remote", "Unable to find the relevant tensor remote_handle",
+               "is neither a type of a primitive operation nor a name of a function registered")  # fmt: skip
+_TIMES = 3
 _IDLE_S = 0.5
 _PROBE_S, _PROBE_EVERY_S = 1.0, 0.1
 _GONE_AFTER_S = 3.0  # a server that answers nobody for so long is lost
 
 # (worker, task) -> result; runs inside the worker's scope
 Run = Callable[["Worker", StepTask], Any]
+
+
+class Ended(Exception):
+    """Nobody wants the result of a step any more."""
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a worker, or a server, is gone; see `_is_worker_failure` of TensorFlow's cluster_coordinator.py."""
+    unknown = isinstance(error, (tf.errors.InvalidArgumentError, tf.errors.NotFoundError))
+    return isinstance(error, LOST) or (unknown and any(text in str(error) for text in _LOST_TEXTS))
 
 
 class Worker:
@@ -57,6 +72,7 @@ class Crew:
         self.workers = [Worker(task) for task in cluster.tasks if task.type == "worker"]
         self._open: list[tuple[Schedule, Run]] = []
         self._connecting = threading.Lock()
+        self._failures: Counter[tuple[int, int, int]] = Counter()
         self.changed = threading.Condition()  # of all schedules too
         self._closed = False
         self._threads = [
@@ -74,6 +90,10 @@ class Crew:
     def end(self, schedule: Schedule) -> None:
         with self.changed:
             self._open = [one for one in self._open if one[0] is not schedule]
+
+    def open_schedules(self) -> list[Schedule]:
+        with self.changed:
+            return [schedule for schedule, _ in self._open]
 
     def close(self) -> None:
         with self.changed:
@@ -101,9 +121,13 @@ class Crew:
                 with worker.remote.scope():
                     result = run(worker, task)
                 worker.steps_done += schedule.finish(task, result)
-            except LOST as error:
-                again = schedule.lost(task)
-                if again:
+            except Ended:
+                schedule.finish(task, None)
+            except BaseException as error:
+                if not is_loss(error) or self._fails_again(worker, schedule, task):  # the step's own: it would fail anywhere
+                    schedule.fail(error)
+                    continue
+                if schedule.lost(task):
                     logging.warning(
                         "%s was lost in step %d, which runs again (%s)", worker.name, task.step, type(error).__name__
                     )
@@ -113,8 +137,14 @@ class Crew:
                 except PeerLost as lost:
                     self._fail(lost)
                     return
-            except BaseException as error:  # the step's own: it would fail anywhere
-                self._fail(error)
+
+    def _fails_again(self, worker: Worker, schedule: Schedule, task: StepTask) -> bool:
+        """Whether a step has failed several times on workers that were there: some errors of a step look like a loss."""
+        if not self._answers(worker.task):
+            return False
+        key = (id(schedule), task.step, task.part)
+        self._failures[key] += 1
+        return self._failures[key] >= _TIMES
 
     def _next(self, worker: Worker) -> tuple[Schedule, Run, StepTask] | None:
         """Blocks until there is something to do; None: never again."""
@@ -141,16 +171,25 @@ class Crew:
             time.sleep(_PROBE_EVERY_S)
             self._check_servers()
         worker.forget()
-        with self._connecting:
-            for attempt in range(5):
-                try:
-                    patches.connect_again()
-                    break
-                except LOST as error:  # another one was lost meanwhile
-                    logging.debug("connecting again, attempt %d: %s", attempt, error)
-                    self._check_servers()
-                    time.sleep(_PROBE_EVERY_S)
+        while not self._connect_again():
+            if self._closed or not worker.is_there:
+                return
+            self._check_servers()
+            time.sleep(_PROBE_EVERY_S)
         logging.info("%s is there again after %.1f s", worker.name, time.monotonic() - lost_s)
+
+    def _connect_again(self) -> bool:
+        """Without those that do not answer now: TensorFlow would wait for them."""
+        with self._connecting:
+            absent = {worker.task.index for worker in self.workers if not self._answers(worker.task)}
+            try:
+                patches.connect_again(absent)
+            except BaseException as error:
+                if not is_loss(error):
+                    raise
+                logging.debug("connecting again: %s", error)  # another one was lost meanwhile
+                return False
+            return True
 
     def _check_servers(self) -> None:
         for task in (task for task in self._cluster.tasks if task.type == "ps"):

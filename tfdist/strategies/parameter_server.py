@@ -21,7 +21,7 @@ from tfdist.errors import PeerLost, UserError
 from tfdist.patches import servers as patches
 from tfdist.strategies import base, devices, input_checks, layout
 from tfdist.strategies.base import Batch, DatasetFn, InputContext, Steps
-from tfdist.strategies.crew import LOST, Crew, Worker
+from tfdist.strategies.crew import LOST, Crew, Ended, Worker
 from tfdist.strategies.schedule import Schedule, Task
 from tfdist.strategies.serve import serve
 
@@ -36,6 +36,9 @@ class ServerStep:
 
     compute: Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
     update: Callable[[tf.Tensor], dict[str, tf.Tensor]] | None = None
+
+    def begin(self) -> None:
+        """Steps of an input begin, the first or another one."""
 
     def done(self, step: int) -> None:
         """So many steps are done; nothing of them runs any more."""
@@ -88,6 +91,7 @@ class ParameterServer:
         self._stop = threading.Event()
         self._steps_done = 0
         self._staleness: Counter[int] = Counter()
+        self._steps_of: Counter[str] = Counter()  # by worker: of training, where a part of a step counts as one
         self._reruns: list[int] = []
         self._longest_gap_s = 0.0
         self.crew = Crew(cluster)
@@ -179,9 +183,10 @@ class ParameterServer:
         functions = Functions(server_step)
 
         def steps(iterator: ServerInput, n: int, ahead: int = 0) -> tuple[dict[str, np.ndarray], int]:
+            if not iterator.is_begun:
+                server_step.begin()
             with self.peers():
-                rows = self._run(iterator, functions, n, ahead)
-            stopped = self._stop.is_set()
+                rows, stopped = self._run(iterator, functions, n, ahead)
             self._steps_done += len(rows)
             if rows and "staleness" in functions.names:
                 self._staleness.update(int(row[functions.names.index("staleness")]) for row in rows)
@@ -195,45 +200,54 @@ class ParameterServer:
 
         return steps
 
-    def _run(self, iterator: "ServerInput", functions: "Functions", n: int, ahead: int) -> list[np.ndarray]:
-        """The rows of outputs of the next `n` steps, in the order in which they ended."""
+    def _run(
+        self, iterator: "ServerInput", functions: "Functions", n: int, ahead: int
+    ) -> tuple[list[np.ndarray], bool]:  # fmt: skip
+        """The rows of outputs of the next `n` steps, in the order in which they ended, and whether a stop was asked for, with
+        which all that had begun has ended too."""
         schedule = iterator.schedule
         functions.trace(iterator)
         until = iterator.step + n + ahead
         schedule.allow(until if iterator.end is None else min(until, iterator.end))
-        if not iterator.is_begun:
+        is_first = not iterator.is_begun
+        if is_first:
             itself = weakref.ref(iterator)  # an input that nobody reads any more ends, whatever is left of it
             weakref.finalize(iterator, self.crew.end, schedule)
-            self.crew.begin(schedule, lambda worker, task: functions.run(itself(), worker, task))
+            self.crew.begin(schedule, functools.partial(_run_of, itself, functions))
             iterator.is_begun = True
         rows: list[np.ndarray] = []
         reruns, ended_s = len(schedule.reruns), time.monotonic()
-        while len(rows) < n or self._stop.is_set() or iterator.has_ended:
-            if self._stop.is_set():
+        stopped, trains = False, "staleness" in functions.names
+        while len(rows) < n or stopped or iterator.has_ended:
+            stopped = stopped or self._stop.is_set()
+            if stopped:
                 schedule.stop()
-            quiet = schedule.is_quiet
-            for task, _, row in schedule.results(1, _LOOK_EVERY_S):
+            quiet = schedule.is_quiet  # before: what is finished by then is among the results
+            for task, worker, row in schedule.results(1, _LOOK_EVERY_S):
                 valid, row = bool(row[0]), row[1:]
                 if not valid:
                     iterator.has_ended = True
                     schedule.stop()
                     continue
+                if trains:
+                    self._steps_of[worker] += 1
                 if not self._is_whole(iterator, task, row):
                     continue
                 rows.append(functions.update(task.step) if functions.updates else row)
                 if schedule.parts > 1:
                     schedule.step_applied()
                 iterator.step += 1
-                if len(rows) > 1:
+                if trains and not is_first:  # which compiles
                     self._longest_gap_s = max(self._longest_gap_s, time.monotonic() - ended_s)
+                is_first = False
                 ended_s = time.monotonic()
             if quiet and not schedule.finished:
                 break
-        if again := schedule.reruns[reruns:]:
-            self._reruns += again
-        if iterator.has_ended or self._stop.is_set() or iterator.step == iterator.end:
+        if trains:
+            self._reruns += schedule.reruns[reruns:]
+        if iterator.has_ended or stopped or iterator.step == iterator.end:
             self.crew.end(schedule)
-        return rows
+        return rows, stopped
 
     def run_on_workers(self, calls: list[Callable[[], Any]]) -> list[Any]:
         """What each call gives, run inside of the scope of whichever worker is free. In order."""
@@ -249,9 +263,10 @@ class ParameterServer:
             self.crew.end(schedule)
         return [found[i] for i in range(len(calls))]
 
-    def count_step(self, staleness: int) -> None:
-        """One more step is done."""
+    def count_step(self, worker: str, staleness: int) -> None:
+        """One more step of `fit` is done."""
         self._steps_done += 1
+        self._steps_of[worker] += 1
         self._staleness[staleness] += 1
 
     def note_reruns(self, schedule: Schedule) -> None:
@@ -272,10 +287,10 @@ class ParameterServer:
         """What happened so far: steps of each worker, how many updates came between a step's reading and its writing, which
         steps were run again because their worker was lost, and the longest time without a step."""
         worst = max(self._staleness, default=0)
-        steps = ", ".join(f"{worker.name} {worker.steps_done}" for worker in self.crew.workers)
+        steps = ", ".join(f"{worker.name} {self._steps_of[worker.name]}" for worker in self.crew.workers)
         return {
             "reason": f"steps of {steps}; run again: {len(self._reruns)}; staleness at most {worst}",
-            "steps": {worker.name: worker.steps_done for worker in self.crew.workers},
+            "steps": {worker.name: self._steps_of[worker.name] for worker in self.crew.workers},
             "staleness": {str(updates): count for updates, count in sorted(self._staleness.items())},
             "rerun_steps": list(self._reruns),
             "longest_gap_s": self._longest_gap_s,
@@ -300,7 +315,11 @@ class ParameterServer:
         return data
 
     def barrier(self) -> None:
-        """Nobody else to wait for."""
+        """Nobody else to wait for, but the steps that run: they end, and no more begin."""
+        for schedule in self.crew.open_schedules():
+            schedule.stop()
+            while not schedule.is_quiet and schedule.error is None:
+                time.sleep(_LOOK_EVERY_S / 10)
 
     def close(self) -> None:
         self.crew.close()
@@ -445,6 +464,13 @@ class Functions:
 
     def update(self, step: int) -> np.ndarray:
         return self._update(tf.constant(step, tf.int64)).numpy()
+
+
+def _run_of(iterator: weakref.ref, functions: Functions, worker: Worker, task: Task) -> np.ndarray:
+    alive = iterator()
+    if alive is None:
+        raise Ended
+    return functions.run(alive, worker, task)
 
 
 def _options() -> tf.data.Options:

@@ -118,7 +118,8 @@ class Schedule:
     @property
     def is_quiet(self) -> bool:
         """Nothing runs, and nothing may begin."""
-        return not self.running and not self.again and self.next[0] >= self.until
+        with self.changed:
+            return not self.running and not self.again and self.next[0] >= self.until
 
     def results(self, enough: int, timeout_s: float) -> list[tuple[Task, str, Any]]:
         """What has finished, once that is `enough` or nothing more will; sooner when the time is up. Raises what made a

@@ -156,6 +156,7 @@ class StopIfNotFinite:
         for i, skipped in enumerate(turn.outputs.get("skipped", ())):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row >= self.max_skipped_steps:
+                trainer.strategy.barrier()  # no step runs while variables are read
                 if trainer.workdir is not None and trainer.strategy.is_chief:
                     try:
                         trainer.save()

@@ -2,6 +2,7 @@
 what it holds. The rules are those of `step`: sum, divide, check, clip, update."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import keras
@@ -97,6 +98,10 @@ class TrainStep(ServerStep):
         outputs = self.updates.apply(pieces, stats, [], tf.identity(self.updates.counter))
         del outputs["valid"]
         return outputs
+
+    def begin(self) -> None:
+        if self.slots is not None:
+            self.slots.clear()
 
     def done(self, step_number: int) -> None:
         self.state.step.assign(step_number)
@@ -338,16 +343,22 @@ def keeps_other_rows(optimizer: keras.optimizers.Optimizer) -> bool:
 
 def add_change(variable: keras.Variable, before: tf.Tensor, after: tf.Tensor, applied: tf.Tensor) -> tf.Tensor:
     """Statistics and counters: what a forward pass has changed is added, so that no worker's is lost."""
-    (part,) = servers.components(variable)
-    with tf.device(part.device):
-        if part.dtype == tf.bool:
-            part.assign(tf.where(applied, after, part.read_value()))
-        else:
-            part.assign_add(tf.where(applied, after - before, tf.zeros_like(after)))
-        return tf.constant(True)
+    first, parts = 0, servers.components(variable)
+    for part in parts:
+        own = slice(first, first + part.shape[0]) if len(parts) > 1 else ...
+        first = own.stop if len(parts) > 1 else 0
+        with tf.device(part.device):
+            if part.dtype == tf.bool:
+                part.assign(tf.where(applied, after[own], part.read_value()))
+            else:
+                part.assign_add(tf.where(applied, after[own] - before[own], tf.zeros_like(after[own])))
+    return tf.constant(True)
 
 
 # ---- several gradients for one update ----
+
+
+_numbers = itertools.count()  # of all `Slots` of this process
 
 
 class Slots:
@@ -356,6 +367,7 @@ class Slots:
 
     def __init__(self, parts: int):
         self.parts, self.pieces, self.stats = parts, [], None  # what a step puts there: the same for each of its parts
+        self.number = next(_numbers)
 
     def put(self, step_number: tf.Tensor, part: int, pieces: list[Piece], stats: tf.Tensor) -> None:
         self.pieces, self.stats = pieces, stats
@@ -385,6 +397,12 @@ class Slots:
             pieces.append(dataclasses.replace(piece, gradient=total, at=piece.part.device))
         return pieces, tf.add_n([values for (values,) in stats])
 
+    def clear(self) -> None:
+        """What an input that ended in the middle of a step has left."""
+        for name, device, tensors in self._places() if self.pieces else ():
+            with tf.device(device):
+                tf.raw_ops.MapClear(dtypes=[tensor.dtype for tensor in tensors], shared_name=name)
+
     def _take(self, name: str, key: tf.Tensor, like: list[tf.Tensor]) -> list[tf.Tensor]:
         taken = tf.raw_ops.MapUnstage(
             key=key, indices=list(range(len(like))), dtypes=[tensor.dtype for tensor in like], shared_name=name
@@ -397,5 +415,5 @@ class Slots:
         for piece in self.pieces:
             slices = isinstance(piece.gradient, tf.IndexedSlices)
             tensors = [piece.gradient.values, piece.gradient.indices] if slices else [piece.gradient]
-            found.append((f"tfdist/slot/{id(self)}/{piece.index}/{piece.place}", piece.part.device, tensors))
-        return [*found, (f"tfdist/slot/{id(self)}/numbers", self.pieces[0].part.device, [self.stats])]
+            found.append((f"tfdist/slot/{self.number}/{piece.index}/{piece.place}", piece.part.device, tensors))
+        return [*found, (f"tfdist/slot/{self.number}/numbers", self.pieces[0].part.device, [self.stats])]
