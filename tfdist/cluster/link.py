@@ -56,6 +56,16 @@ class SupervisorLink:
         if self.is_there and name == "connect":  # no thread may run for a while: say so at once
             self._send_beat()
 
+    @contextlib.contextmanager
+    def connecting(self):
+        """Inside, TensorFlow may hold Python's lock, and this process be silent."""
+        before = self._phase
+        self.phase("connect")
+        try:
+            yield
+        finally:
+            self._phase = before
+
     def tick(self) -> None:
         """Something went forward that is no step: a long preparation is alive."""
         self._ticks += 1

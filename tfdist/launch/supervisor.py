@@ -194,6 +194,7 @@ class Supervisor:
                 self.budget.last = None
             wait_s = self.budget.next_start_in_s(code, describe_exit(code), mine.step)
             if wait_s is not None:
+                wait_s = 0.0 if self.serves and mine.phase == "serve" else wait_s  # a lost machine, not a bad start
                 self._say(f"{self.me} {describe_exit(code)}; it starts again in {wait_s:g} s "
                           f"({self.budget.used} of {self.budget.max_restarts} restarts)")  # fmt: skip
                 child.kill()  # what it had started

@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
+from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, Task, split_address
 from tfdist.errors import PeerLost
 from tfdist.patches import servers as patches
@@ -31,6 +32,8 @@ _LOST_TEXTS = ("unknown device", "Primary device is not remote", "Unable to find
 _TIMES = 3
 _IDLE_S = 0.5
 _PROBE_S, _PROBE_EVERY_S = 1.0, 0.1
+# TensorFlow tries an address that was gone again every second; asked sooner it would wait, and no thread of Python run
+_CHANNEL_S = 1.2
 _GONE_AFTER_S = 3.0  # a server that answers nobody for so long is lost
 
 # (worker, task) -> result; runs inside the worker's scope
@@ -171,6 +174,7 @@ class Crew:
             time.sleep(_PROBE_EVERY_S)
             self._check_servers()
         worker.forget()
+        time.sleep(_CHANNEL_S)
         while not self._connect_again():
             if self._closed or not worker.is_there:
                 return
@@ -183,7 +187,8 @@ class Crew:
         with self._connecting:
             absent = {worker.task.index for worker in self.workers if not self._answers(worker.task)}
             try:
-                patches.connect_again(absent)
+                with supervisor().connecting():
+                    patches.connect_again(absent)
             except BaseException as error:
                 if not is_loss(error):
                     raise

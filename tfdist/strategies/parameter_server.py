@@ -203,8 +203,8 @@ class ParameterServer:
     def _run(
         self, iterator: "ServerInput", functions: "Functions", n: int, ahead: int
     ) -> tuple[list[np.ndarray], bool]:  # fmt: skip
-        """The rows of outputs of the next `n` steps, in the order in which they ended, and whether a stop was asked for, with
-        which all that had begun has ended too."""
+        """The rows of outputs of the next `n` steps, in the order in which they ended, and whether a stop was asked for:
+        then all that had begun has ended."""
         schedule = iterator.schedule
         functions.trace(iterator)
         until = iterator.step + n + ahead
