@@ -99,8 +99,8 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
     for worker, number in (("worker 0", signal.SIGKILL), ("worker 1", signal.SIGSTOP)):
         os.kill(tasks[worker], number)
         wait_until(lambda worker=worker: f"{worker} is there again" in log(), 40)
-    reached = max(row["step"] for row in rows(tmp_path, "train"))
-    wait_for_step(tmp_path, reached + 100, process)
+        reached = max(row["step"] for row in rows(tmp_path, "train"))
+        wait_for_step(tmp_path, reached + 300, process)  # both compute again
     members = group_of(process)
     process.send_signal(signal.SIGTERM)
     done = finish(process, 60)
