@@ -34,6 +34,13 @@ class Piece:
     def values(self) -> tf.Tensor:
         return self.gradient.values if isinstance(self.gradient, tf.IndexedSlices) else self.gradient
 
+    def on_server(self, values: tf.Tensor) -> "Piece":
+        """All of it here: what a lock is held for must not wait for a worker."""
+        if isinstance(self.gradient, tf.IndexedSlices):
+            shape = servers.dense_shape(self.part.shape)
+            return dataclasses.replace(self, gradient=tf.IndexedSlices(values, tf.identity(self.gradient.indices), shape))
+        return dataclasses.replace(self, gradient=values)
+
     def with_values(self, values: tf.Tensor) -> "Piece":
         if isinstance(self.gradient, tf.IndexedSlices):
             values = tf.IndexedSlices(values, self.gradient.indices, self.gradient.dense_shape)
@@ -308,7 +315,7 @@ class Updates:
                     values = values * tf.cast(factor[piece.index], values.dtype)
                 elif optimizer.clipvalue:
                     values = tf.clip_by_value(values, -optimizer.clipvalue, optimizer.clipvalue)
-                here.append(piece.with_values(values))
+                here.append(piece.on_server(values))
             scalars = {key: tf.identity(value) for key, value in servers.scalars(optimizer, count).items()}
             do = tf.identity(applied)
             arrived = tf.nest.flatten([p.gradient for p in here if p.gradient is not None], expand_composites=True)
