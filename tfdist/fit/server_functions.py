@@ -19,7 +19,7 @@ from tfdist.fit.replica import Replica
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches import servers
 from tfdist.strategies.crew import Worker
-from tfdist.strategies.parameter_server import ParameterServer
+from tfdist.strategies.parameter_server import ParameterServer, fetch, here
 from tfdist.strategies.schedule import Schedule, Task
 from tfdist.train import server_step, state
 
@@ -143,9 +143,9 @@ class ServerSteps:
 
     def _run(self, worker: Worker, task: Task) -> Any:
         function, batch = self.batches[task.step]
-        seeds = [tf.constant(value) for value in self.seeds.get(task.step, self.seeds[0])]
-        outputs = function(batch, tf.constant(task.step, tf.int64), seeds)
-        return tf.nest.map_structure(lambda tensor: tensor.numpy(), outputs)
+        seeds = self.seeds.get(task.step, self.seeds[0])
+        step, seeds = here(lambda: (tf.constant(task.step, tf.int64), [tf.constant(value) for value in seeds]))
+        return fetch(function(batch, step, seeds))
 
     def _take(self, enough: int) -> None:
         with self.strategy.peers():
@@ -286,7 +286,8 @@ def _spec_of_any_size(leaf):
 
 
 def _call(function: Callable, batch):
-    return tf.nest.map_structure(lambda tensor: tf.constant(tensor.numpy()), function(batch))
+    outputs = fetch(function(batch))
+    return here(lambda: tf.nest.map_structure(tf.constant, outputs))
 
 
 def _names(metric) -> list[str]:

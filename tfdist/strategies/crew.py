@@ -27,8 +27,13 @@ from tfdist.strategies.schedule import Task as StepTask
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError,
         tf.errors.InternalError)  # fmt: skip
 # the same, when a worker has died and is back before anybody has asked it: it knows nothing of what was sent to it before
-_LOST_TEXTS = ("unknown device", "Primary device is not remote", "Unable to find the relevant tensor remote_handle",
-               "is neither a type of a primitive operation nor a name of a function registered")  # fmt: skip
+_LOST_TEXTS = (
+    "unknown device",
+    "Primary device is not remote",
+    "Unable to find the relevant tensor remote_handle",
+    "contains an invalid device",
+    "is neither a type of a primitive operation nor a name of a function registered",
+)
 _TIMES = 3
 _IDLE_S = 0.5
 _PROBE_S, _PROBE_EVERY_S = 1.0, 0.1
@@ -60,11 +65,14 @@ class Worker:
         self.generation, self.is_there = 0, True
         # of each input that is in use, its iterators, of this generation
         self.made: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
+        self._gone: list[Any] = []
         self.steps_done = 0
 
     def forget(self) -> None:
+        """Of a process that is gone; its handles are kept, because TensorFlow would send word that they are not needed."""
         self.generation += 1
-        self.made.clear()
+        self._gone.append(self.made)
+        self.made = weakref.WeakKeyDictionary()
 
 
 class Crew:

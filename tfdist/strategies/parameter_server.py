@@ -216,7 +216,7 @@ class ParameterServer:
             self.crew.begin(schedule, functools.partial(_run_of, itself, functions))
             iterator.is_begun = True
         rows: list[np.ndarray] = []
-        reruns, ended_s = len(schedule.reruns), time.monotonic()
+        ended_s = time.monotonic()
         stopped, trains = False, "staleness" in functions.names
         while len(rows) < n or stopped or iterator.has_ended:
             stopped = stopped or self._stop.is_set()
@@ -244,7 +244,8 @@ class ParameterServer:
             if quiet and not schedule.finished:
                 break
         if trains:
-            self._reruns += schedule.reruns[reruns:]
+            self._reruns += schedule.reruns[iterator.reruns_seen :]
+            iterator.reruns_seen = len(schedule.reruns)
         if iterator.has_ended or stopped or iterator.step == iterator.end:
             self.crew.end(schedule)
         return rows, stopped
@@ -345,6 +346,7 @@ class ServerInput:
     ):  # fmt: skip
         self.schedule, self.step = schedule, start_step
         self.is_begun = self.has_ended = False
+        self.reruns_seen = 0
         self.parts_done: dict[int, dict[int, np.ndarray]] = {}
         self._dataset_fn, self._accumulate_steps = dataset_fn, accumulate_steps
         self._making = threading.Lock()
@@ -460,10 +462,28 @@ class Functions:
     def run(self, iterator: ServerInput, worker: Worker, task: Task) -> np.ndarray:
         fed, queue, drop = iterator.feed(worker, task)
         function = self._traced[self._key(iterator, task.part)]
-        return function(fed, queue, tf.constant([drop, task.step], tf.int64)).numpy()  # one tensor: each is a message
+        numbers = here(lambda: tf.constant([drop, task.step], tf.int64))  # one tensor: each is a message
+        return fetch(function(fed, queue, numbers))
 
     def update(self, step: int) -> np.ndarray:
         return self._update(tf.constant(step, tf.int64)).numpy()
+
+
+_CHIEF = "/job:chief/replica:0/task:0/device:CPU:0"
+
+
+def here(make: Callable[[], Any]) -> Any:
+    """What is made on the chief, also by a worker's thread: made there, it would wait for the worker with Python's lock
+    held, and a worker that is frozen would freeze the chief."""
+    with tf.device(_CHIEF):
+        return make()
+
+
+def fetch(outputs: Any) -> Any:
+    """Tensors of a worker as arrays. `numpy` of a remote tensor would wait with Python's lock held; an op does not."""
+    flat = tf.nest.flatten(outputs)
+    local = here(lambda: tf.identity_n(flat)) if flat else []
+    return tf.nest.pack_sequence_as(outputs, [tensor.numpy() for tensor in local])
 
 
 def _run_of(iterator: weakref.ref, functions: Functions, worker: Worker, task: Task) -> np.ndarray:
