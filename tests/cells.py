@@ -410,12 +410,22 @@ def recurrent_with_sparse_embedding_and_lion(bench: Bench) -> None:
 
 @cell
 def rows_of_embeddings_with_sgd_and_adagrad(bench: Bench) -> None:
-    """Ids come more than once, in a row, over rows and over micro-batches; most rows of the tables never do."""
+    """Ids come more than once, in a row, over rows and over micro-batches; most rows of the tables never do. Also a table of
+    a user's layer, which is read as a whole, and a weight that is one number."""
+
+    class Own(keras.layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(9, 2), initializer="uniform", name="table")
+            self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+        def call(self, ids):
+            return tf.gather(tf.convert_to_tensor(self.table), ids) * self.scale
 
     def make_model():
         inputs = {name: keras.Input((3,), dtype="int32", name=name) for name in ("a", "b")}
         table = keras.layers.Embedding(40, 4)
-        x = keras.layers.Concatenate()([table(inputs["a"]), table(inputs["b"]), keras.layers.Embedding(9, 2)(inputs["b"])])
+        parts = [table(inputs["a"]), table(inputs["b"]), keras.layers.Embedding(9, 2)(inputs["b"]), Own()(inputs["b"])]
+        x = keras.layers.Concatenate()(parts)
         return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(x)))
 
     rng = np.random.default_rng(0)

@@ -192,6 +192,29 @@ def recommender_with_a_sparse_embedding(bench):
 
 
 @cell
+def rows_of_tables_with_sgd(bench):
+    """Ids that come more than once, in an Embedding and in a layer that gathers from a weight of its own; with clipping."""
+
+    class Own(keras.layers.Layer):
+        def build(self, shape):
+            self.table = self.add_weight(shape=(9, 2), initializer="uniform", name="table")
+            self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+        def call(self, ids):
+            return keras.ops.take(self.table, ids, axis=0) * self.scale
+
+    for compiled in (False, True):
+        with bench.scope():
+            ids = keras.Input((3,), dtype="int32")
+            both = keras.layers.Concatenate()([keras.layers.Embedding(40, 4)(ids), Own()(ids)])
+            model = keras.Model(
+                ids, keras.layers.Dense(1)(keras.layers.Flatten()(both)), name=f"compiled_{compiled}".lower()
+            )
+            model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=compiled)
+        bench.fit(model, bench.rng.integers(0, 9, (23, 3)).astype("int32"), bench.normal(23, 1), batch_size=6)
+
+
+@cell
 def infinite_dataset_with_steps(bench):
     with bench.scope():
         model = dense(bench)

@@ -5,8 +5,9 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
-from processes import finish, measured, start, tfdist
+from processes import finish, measured, run, start, tfdist
 from test_launch import assert_all_gone, group_of, parent_of, wait_until
 
 HERE = Path(__file__).parent
@@ -200,3 +201,20 @@ def test_what_is_refused_says_why(tmp_path):
     done = finish(launch(1, 2, f"--log_dir={tmp_path}", "--", "python", str(HERE / "server_refusals.py")), 120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "all is well" in done.stdout
+
+
+@pytest.mark.slow
+def test_asynchronous_training_ends_where_synchronous_does(tmp_path):
+    """Validation loss after as many samples: the mean of five seeds within three standard deviations of one device's."""
+    losses = {}
+    for name in ("one_device", "parameter_server"):
+        program = [str(HERE / "server_seeds.py"), str(tmp_path / f"{name}.json")]
+        if name == "one_device":
+            done = run(program)
+        else:
+            done = finish(launch(2, 1, f"--log_dir={tmp_path}", "--", "python", *program), 240)
+        assert done.returncode == 0, done.stderr
+        losses[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    sync, servers = (np.array(losses[name]) for name in ("one_device", "parameter_server"))
+    print(f"\nmeasured: {sync.mean():.4f} +- {sync.std(ddof=1):.4f} on one device, {servers.mean():.4f} with servers")
+    assert abs(servers.mean() - sync.mean()) <= 3 * sync.std(ddof=1), (sync, servers)
