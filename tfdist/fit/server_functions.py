@@ -19,7 +19,8 @@ from tfdist.fit.replica import Replica
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches import servers
 from tfdist.strategies.crew import Worker
-from tfdist.strategies.parameter_server import ParameterServer, fetch, here
+from tfdist.strategies.parameter_server import ParameterServer
+from tfdist.strategies.remote import fetch, here
 from tfdist.strategies.schedule import Schedule, Task
 from tfdist.train import server_step, state
 

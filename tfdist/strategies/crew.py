@@ -56,21 +56,20 @@ def is_loss(error: BaseException) -> bool:
 
 
 class Worker:
-    """One of them. `generation` counts its processes: what was made on an earlier one is gone."""
+    """One of them."""
 
     def __init__(self, task: Task):
         self.task, self.name = task, str(task)
         self.device = f"/job:worker/replica:0/task:{task.index}"
         self.remote = patches.Remote(self.device)
-        self.generation, self.is_there = 0, True
-        # of each input that is in use, its iterators, of this generation
+        self.is_there = True
+        # of each input that is in use, its iterators; those that a process of it had which is gone, are gone with it
         self.made: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
         self._gone: list[Any] = []
         self.steps_done = 0
 
     def forget(self) -> None:
         """Of a process that is gone; its handles are kept, because TensorFlow would send word that they are not needed."""
-        self.generation += 1
         self._gone.append(self.made)
         self.made = weakref.WeakKeyDictionary()
 

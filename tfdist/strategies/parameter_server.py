@@ -12,36 +12,21 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
 from tfdist.cluster import preflight, resolve
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.errors import PeerLost, UserError
 from tfdist.patches import servers as patches
-from tfdist.strategies import base, devices, input_checks, layout
-from tfdist.strategies.base import Batch, DatasetFn, InputContext, Steps
-from tfdist.strategies.crew import LOST, Crew, Ended, Worker
+from tfdist.strategies import base, devices
+from tfdist.strategies.base import DatasetFn, Steps
+from tfdist.strategies.crew import LOST, Crew
+from tfdist.strategies.remote import Functions, Plain, ServerInput, ServerStep, run_of
 from tfdist.strategies.schedule import Schedule, Task
 from tfdist.strategies.serve import serve
 
 PARTITIONERS = ("min_size", "max_size", "fixed", "none")
 _LOOK_EVERY_S = 0.2
-
-
-class ServerStep:
-    """What `ParameterServer.make_steps` is given: `compute(batch, step, part)` -> scalars, traced once for each part and run
-    on a worker; `update(step)` -> scalars, once for each step after all its parts, by the chief; `done(step)`, there too.
-    """
-
-    compute: Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
-    update: Callable[[tf.Tensor], dict[str, tf.Tensor]] | None = None
-
-    def begin(self) -> None:
-        """Steps of an input begin, the first or another one."""
-
-    def done(self, step: int) -> None:
-        """So many steps are done; nothing of them runs any more."""
 
 
 class ParameterServer:
@@ -171,15 +156,15 @@ class ParameterServer:
     def distribute(
         self, dataset_fn: DatasetFn, *, accumulate_steps: int = 1, start_step: int = 0, num_steps: int = 0,
         whole: bool = False,
-    ) -> "ServerInput":  # fmt: skip
+    ) -> ServerInput:  # fmt: skip
         parts = 1 if whole else self.parts
         schedule = Schedule(start_step, parts, None if whole else self.max_staleness, self.crew.changed)
-        return ServerInput(self, schedule, dataset_fn, accumulate_steps, start_step, num_steps, whole)
+        return ServerInput(schedule, dataset_fn, accumulate_steps, start_step, num_steps, whole)
 
     # ---- steps ----
 
     def make_steps(self, replica_step) -> Steps:
-        server_step = replica_step if isinstance(replica_step, ServerStep) else _Plain(replica_step)
+        server_step = replica_step if isinstance(replica_step, ServerStep) else Plain(replica_step)
         functions = Functions(server_step)
 
         def steps(iterator: ServerInput, n: int, ahead: int = 0) -> tuple[dict[str, np.ndarray], int]:
@@ -201,7 +186,7 @@ class ParameterServer:
         return steps
 
     def _run(
-        self, iterator: "ServerInput", functions: "Functions", n: int, ahead: int
+        self, iterator: ServerInput, functions: Functions, n: int, ahead: int
     ) -> tuple[list[np.ndarray], bool]:  # fmt: skip
         """The rows of outputs of the next `n` steps, in the order in which they ended, and whether a stop was asked for:
         then all that had begun has ended."""
@@ -213,7 +198,7 @@ class ParameterServer:
         if is_first:
             itself = weakref.ref(iterator)  # an input that nobody reads any more ends, whatever is left of it
             weakref.finalize(iterator, self.crew.end, schedule)
-            self.crew.begin(schedule, functools.partial(_run_of, itself, functions))
+            self.crew.begin(schedule, functools.partial(run_of, itself, functions))
             iterator.is_begun = True
         rows: list[np.ndarray] = []
         ended_s = time.monotonic()
@@ -273,7 +258,7 @@ class ParameterServer:
     def note_reruns(self, schedule: Schedule) -> None:
         self._reruns += schedule.reruns
 
-    def _is_whole(self, iterator: "ServerInput", task: Task, row: np.ndarray) -> bool:
+    def _is_whole(self, iterator: ServerInput, task: Task, row: np.ndarray) -> bool:
         """Whether all parts of a task's step are there."""
         if iterator.schedule.parts == 1:
             return True
@@ -324,180 +309,6 @@ class ParameterServer:
 
     def close(self) -> None:
         self.crew.close()
-
-
-class _Plain(ServerStep):
-    """A replica step that changes nothing: an evaluation."""
-
-    def __init__(self, replica_step):
-        self._step = replica_step
-
-    def compute(self, batch: Batch, step: tf.Tensor, part: int) -> dict[str, tf.Tensor]:
-        outputs = self._step(batch, tf.constant(0), 0)
-        return {name: value for name, value in outputs.items() if name != "stop"}
-
-
-class ServerInput:
-    """The input of one run of steps: on each worker an iterator, made when it is first needed there."""
-
-    def __init__(
-        self, strategy: ParameterServer, schedule: Schedule, dataset_fn: DatasetFn, accumulate_steps: int, start_step: int,
-        num_steps: int, whole: bool,
-    ):  # fmt: skip
-        self.schedule, self.step = schedule, start_step
-        self.is_begun = self.has_ended = False
-        self.reruns_seen = 0
-        self.parts_done: dict[int, dict[int, np.ndarray]] = {}
-        self._dataset_fn, self._accumulate_steps = dataset_fn, accumulate_steps
-        self._making = threading.Lock()
-        context = self._context(0, start_step)
-        dataset = dataset_fn(context)
-        input_checks.check_order(dataset, context)
-        self.by_number = context.steps_were_read
-        if start_step and not context.start_step_was_read:
-            logging.info("dataset_fn does not use start_step: workers read and drop the first %d batches", start_step)
-            dataset = dataset.skip(start_step)
-        input_checks.check_length(dataset, start_step, num_steps, whole)
-        self._rows = [self._rows_of(part) for part in range(schedule.parts)]
-        self.spec = self._lay_out(dataset, 0).element_spec
-        batches = int(dataset.cardinality())
-        self.end = context.end if self.by_number else start_step + batches if batches >= 0 else None
-
-    def _context(self, part: int, start_step: int, given=None) -> InputContext:
-        return InputContext(part, self.schedule.parts, self.schedule.parts, start_step, given_steps=given)
-
-    def _rows_of(self, part: int) -> int:
-        dataset = self._dataset_fn(self._context(part, 0))
-        rows = layout.static_rows(dataset)
-        return layout.first_rows(dataset) if rows is None else rows
-
-    def _lay_out(self, dataset: tf.data.Dataset, part: int) -> tf.data.Dataset:
-        return layout.lay_out(dataset, self._rows, part, self._accumulate_steps, 1)
-
-    def feed(self, worker: Worker, task: Task) -> tuple[Any, tf.Tensor, int]:
-        """(iterator, queue of step numbers, how many elements to drop first) for a task, on its worker."""
-        of_parts = worker.made.setdefault(self, {})
-        made = of_parts.get(task.part)
-        if made is None or (not self.by_number and made[2] > task.step):
-            # dataset functions are the user's, and run in one thread at a time
-            with self._making, tf.device(f"{worker.device}/device:CPU:0"):
-                made = self._make(task)
-        iterator, queue, at = made
-        of_parts[task.part] = (iterator, queue, task.step + 1)
-        return iterator, queue.queue_ref, task.step - at
-
-    def _make(self, task: Task):
-        queue = tf.queue.FIFOQueue(1 << 20, [tf.int64], [[]])
-
-        def given():
-            endless = tf.data.Dataset.from_tensors(0).repeat()
-            return endless.map(lambda _: queue.dequeue())
-
-        context = self._context(task.part, task.step, given if self.by_number else None)
-        dataset = self._dataset_fn(context)
-        if not context.start_step_was_read and task.step:
-            dataset = dataset.skip(task.step)
-        laid_out = self._lay_out(dataset, task.part).with_options(_options())
-        return iter(laid_out), queue, task.step
-
-
-class Functions:
-    """The functions of one `ServerStep`, traced for an input and run on the workers."""
-
-    def __init__(self, server_step: ServerStep):
-        self._step, self._traced = server_step, {}
-        self.updates = server_step.update is not None
-        self._update, self.names = None, []  # names filled while a function is traced
-
-    def trace(self, iterator: ServerInput) -> None:
-        """In the program's own thread: Keras' state is bound while a function is traced."""
-        for part in range(iterator.schedule.parts):
-            key = self._key(iterator, part)
-            if key not in self._traced:
-                function = self._function(part, iterator.by_number)
-                self._traced[key] = function.get_concrete_function(
-                    tf.data.IteratorSpec(iterator.spec), tf.TensorSpec([], tf.resource), tf.TensorSpec([2], tf.int64)
-                )  # fmt: skip
-        if self.updates and self._update is None:
-
-            @tf.function(autograph=False)
-            def update(step):
-                outputs = self._step.update(step)
-                self.names[:] = [*outputs, "data_wait_s"]
-                return tf.stack([tf.cast(value, tf.float64) for value in (*outputs.values(), 0.0)])
-
-            self._update = update.get_concrete_function(tf.TensorSpec([], tf.int64))
-
-    def _key(self, iterator: ServerInput, part: int):
-        return part, iterator.by_number, str(iterator.spec)
-
-    def _function(self, part: int, by_number: bool):
-        @tf.function(autograph=False)
-        def on_worker(iterator, queue, numbers):
-            drop, step = tf.unstack(numbers)
-            asked_s = tf.timestamp()
-            with tf.control_dependencies([asked_s]):
-                if by_number:
-                    ready = tf.raw_ops.QueueEnqueueV2(handle=queue, components=[step])
-                else:
-
-                    def dropped(i):
-                        with tf.control_dependencies(tf.nest.flatten(next(iterator))):
-                            return (i + 1,)
-
-                    (ready,) = tf.while_loop(lambda i: i < drop, dropped, (tf.zeros([], tf.int64),), parallel_iterations=1)
-            with tf.control_dependencies([ready]):
-                batch = next(iterator)
-            with tf.control_dependencies(tf.nest.flatten(batch)):
-                data_wait_s = tf.timestamp() - asked_s
-            outputs = self._step.compute(tf.nest.map_structure(lambda t: t[0], batch), step, part)
-            valid = outputs.pop("valid")
-            outputs["data_wait_s"] = data_wait_s
-            if not self.updates:
-                self.names[:] = list(outputs)
-            return tf.stack([tf.cast(value, tf.float64) for value in (valid, *outputs.values())])
-
-        return on_worker
-
-    def run(self, iterator: ServerInput, worker: Worker, task: Task) -> np.ndarray:
-        fed, queue, drop = iterator.feed(worker, task)
-        function = self._traced[self._key(iterator, task.part)]
-        numbers = here(lambda: tf.constant([drop, task.step], tf.int64))  # one tensor: each is a message
-        return fetch(function(fed, queue, numbers))
-
-    def update(self, step: int) -> np.ndarray:
-        return self._update(tf.constant(step, tf.int64)).numpy()
-
-
-_CHIEF = "/job:chief/replica:0/task:0/device:CPU:0"
-
-
-def here(make: Callable[[], Any]) -> Any:
-    """What is made on the chief, also by a worker's thread: made there, it would wait for the worker with Python's lock
-    held, and a worker that is frozen would freeze the chief."""
-    with tf.device(_CHIEF):
-        return make()
-
-
-def fetch(outputs: Any) -> Any:
-    """Tensors of a worker as arrays. `numpy` of a remote tensor would wait with Python's lock held; an op does not."""
-    flat = tf.nest.flatten(outputs)
-    local = here(lambda: tf.identity_n(flat)) if flat else []
-    return tf.nest.pack_sequence_as(outputs, [tensor.numpy() for tensor in local])
-
-
-def _run_of(iterator: weakref.ref, functions: Functions, worker: Worker, task: Task) -> np.ndarray:
-    alive = iterator()
-    if alive is None:
-        raise Ended
-    return functions.run(alive, worker, task)
-
-
-def _options() -> tf.data.Options:
-    """See `sync`: giving up an iterator waits for the thread that tunes."""
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return options
 
 
 def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distribute.experimental.ParameterServerStrategy:

@@ -13,7 +13,8 @@ from tfdist import patches
 from tfdist.errors import UserError
 from tfdist.patches import servers
 from tfdist.strategies.base import Batch
-from tfdist.strategies.parameter_server import ParameterServer, ServerStep
+from tfdist.strategies.parameter_server import ParameterServer
+from tfdist.strategies.remote import ServerStep
 from tfdist.train import step
 from tfdist.train.loss import Loss, output_weights
 from tfdist.train.state import TrainState
