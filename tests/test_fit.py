@@ -89,11 +89,6 @@ def test_two_workers(cell):
     assert_equal_to_stock_keras(cell, "multi_worker:2x1", "float64", TWO_WORKERS, QUICK)
 
 
-def test_parameter_servers():
-    cell = QUICK[0]
-    assert_equal_to_stock_keras(cell, "parameter_server:1x2", "float64", (cell,), QUICK)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_every_step_is_counted_once_and_evaluation_is_exact(train, tmp_path, tho
     assert min(counted["steps"].values()) >= 5
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 41))
     by_servers = rows(tmp_path, "eval")[-1]
-    for steps, cluster in ((50, (1, 3)), (60, (2, 1))) if thorough else ():
+    for steps, cluster in ((50, (1, 3)),) if thorough else ():
         more = finish(launch(*cluster, *train, f"--workdir={tmp_path}", f"--config.train.num_steps={steps}"), 120)
         assert more.returncode == 0, more.stderr
         assert events(tmp_path, "restore")[-1]["step"] == steps - 10
@@ -117,9 +117,7 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
     assert_all_gone(members, 2)
 
 
-@pytest.mark.parametrize(
-    ("task", "number"), [("ps 1", signal.SIGKILL), ("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)]
-)
+@pytest.mark.parametrize(("task", "number"), [("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)])
 def test_a_lost_server_or_chief_restarts_all_from_the_checkpoint(train, tmp_path, task, number):
     process = launch(2, 2, "--max-restarts=1", *train, f"--workdir={tmp_path}", "--config.train.num_steps=200")
     wait_for_step(tmp_path, 25, process)
