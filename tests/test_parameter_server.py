@@ -117,6 +117,7 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
     assert_all_gone(members, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "number"), [("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)])
 def test_a_lost_server_or_chief_restarts_all_from_the_checkpoint(train, tmp_path, task, number):
     process = launch(2, 2, "--max-restarts=1", *train, f"--workdir={tmp_path}", "--config.train.num_steps=200")
