@@ -4,7 +4,7 @@
 
 A program of its own, not a config for `tfdist train`: two towers over clicks that it makes itself. Users and items are
 skewed, few come often. Every user belongs to one of 8 groups, every item too, and the pair of groups decides how likely a
-click is; the model is told ids alone. 1,500 steps of 512 clicks: AUC 0.77 on clicks it has not seen, where knowing the
+click is; the model is told ids alone. 1,500 steps of 512 clicks: AUC 0.71 on clicks it has not seen, where knowing the
 groups would give 0.82 (2 CPU cores, 2 workers and 2 servers: a minute).
 """
 
@@ -78,7 +78,7 @@ def main(_) -> None:
     strategy = tfdist.from_environment()  # a worker or a server serves here, and never comes back
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        model, optimizer = build_model(), keras.optimizers.Adagrad(1.0)
+        model, optimizer = build_model(), keras.optimizers.Adagrad(0.1, initial_accumulator_value=1e-5)
     trainer = tfdist.Trainer(strategy, model, optimizer, loss, steps_per_loop=100)
     trainer.restore(flags.FLAGS.workdir)
     todo = [tfdist.actions.Log(100), tfdist.actions.Checkpoint(every_steps=500)]

@@ -165,11 +165,11 @@ def test_sigterm_saves_and_the_run_goes_on(train, tmp_path):
 
 @pytest.mark.slow
 def test_the_recommender_learns_and_moves_rows_alone(tmp_path):
-    """A table of a million rows in parts on two servers. AUC 0.68 after 1,500 steps; knowing the groups gives 0.82."""
+    """A table of a million rows in parts on two servers. AUC 0.71 after 1,500 steps; knowing the groups gives 0.82."""
     program = ["python", str(HERE.parent / "configs" / "recommender_ps.py"), f"--workdir={tmp_path}"]
     done = finish(launch(2, 2, f"--log_dir={tmp_path / 'logs'}", "--", *program), 180)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.partition("AUC ")[2].split()[0]) > 0.66
+    assert float(done.stdout.partition("AUC ")[2].split()[0]) > 0.69
 
 
 @pytest.mark.slow

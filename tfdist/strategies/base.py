@@ -121,6 +121,9 @@ class Strategy(Protocol):
         `num_steps`: how many will be asked for; `whole`: all there are. What cannot be is reported here, not at the end.
         """
 
+    def release(self, iterator: Any) -> None:
+        """An input that is not read any more."""
+
     def make_steps(self, replica_step: ReplicaStep) -> Steps:
         """Compiles a loop of any length around one replica step."""
 

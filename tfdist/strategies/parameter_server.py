@@ -161,6 +161,10 @@ class ParameterServer:
         schedule = Schedule(start_step, parts, None if whole else self.max_staleness, self.crew.changed)
         return ServerInput(schedule, dataset_fn, accumulate_steps, start_step, num_steps, whole)
 
+    def release(self, iterator: ServerInput) -> None:
+        self.crew.end(iterator.schedule)
+        iterator.close()
+
     # ---- steps ----
 
     def make_steps(self, replica_step) -> Steps:

@@ -1,5 +1,6 @@
 """What runs on the workers of a parameter-server cluster: functions of a step, their input, and how results come back."""
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class ServerInput:
         self.parts_done: dict[int, dict[int, np.ndarray]] = {}
         self._dataset_fn, self._accumulate_steps = dataset_fn, accumulate_steps
         self._making = threading.Lock()
+        self._queues: list[tf.queue.FIFOQueue] = []
         context = self._context(0, start_step)
         dataset = dataset_fn(context)
         input_checks.check_order(dataset, context)
@@ -87,7 +89,16 @@ class ServerInput:
                 made = self._make(task)
         iterator, queue, at = made
         of_parts[task.part] = (iterator, queue, task.step + 1)
+        if queue not in self._queues:
+            self._queues.append(queue)
         return iterator, queue.queue_ref, task.step - at
+
+    def close(self) -> None:
+        """Nobody reads it any more. A pipeline that still waits for a step's number must not when it is taken apart: a
+        worker can crash of that."""
+        for queue in self._queues:
+            with contextlib.suppress(tf.errors.OpError):  # of a worker that is gone
+                queue.close(cancel_pending_enqueues=True)
 
     def _make(self, task: Task):
         queue = tf.queue.FIFOQueue(1 << 20, [tf.int64], [[]])

@@ -123,6 +123,9 @@ class Synchronous:
         # evaluation step on two replicas); here each replica takes its slice of one element
         return iter(laid_out)
 
+    def release(self, iterator: Any) -> None:
+        """TensorFlow gives it back with the object."""
+
     def _input_context(self, start_step: int = 0) -> InputContext:
         return InputContext(self.worker, self.num_workers, self.num_replicas, start_step, self.worker_weights)
 

@@ -153,6 +153,7 @@ class Trainer:
                         raise
                     logging.error("%s", error or "interrupted while saving; the last good checkpoint is kept")
                     raise Stopped(CheckpointError.exit_code) from error
+                self.strategy.release(iterator)
             # nobody leaves before the chief has saved, and a request that came to one after the last step is everybody's
             if b"stop" in self.strategy.exchange(b"stop" if stop.requested else b""):
                 self.write({"kind": "event", "name": "stop", "step": self.step})
@@ -169,6 +170,7 @@ class Trainer:
         with self.averaged_weights():
             iterator = self.strategy.distribute(dataset_fn, whole=not max_steps)
             result = evaluate.run(self.eval_steps, iterator, max_steps)
+            self.strategy.release(iterator)
         self._has_evaluated = True
         return result
 
