@@ -35,12 +35,14 @@ def play(seed: int, workers: int, steps: int, parts: int, max_staleness: int | N
 @pytest.mark.parametrize("max_staleness", [None, 0, 1, 3])
 @pytest.mark.parametrize("losses", [0.0, 0.3])
 def test_every_step_counts_once_and_staleness_is_bounded(max_staleness, losses):
+    reruns = 0
     for seed in range(30):
         schedule, finished = play(seed, workers=4, steps=40, parts=1, max_staleness=max_staleness, losses=losses)
+        reruns += len(schedule.reruns)
         assert sorted(step for step, _, _ in finished) == list(range(5, 45))
-        assert bool(schedule.reruns) == bool(losses) or losses and not schedule.reruns
         if max_staleness is not None:
             assert max(between for *_, between in finished) <= max_staleness
+    assert bool(reruns) == bool(losses)
     if max_staleness is None:
         assert max(between for *_, between in finished) > 1, "workers do run beside each other"
 
@@ -49,7 +51,7 @@ def test_parts_of_a_step_wait_for_the_update_before():
     for seed in range(30):
         _, finished = play(seed, workers=3, steps=20, parts=3, max_staleness=None, losses=0.2)
         assert [step for step, _, _ in finished] == sorted(step for step, _, _ in finished)
-        assert sorted(finished)[::1] and len({(step, part) for step, part, _ in finished}) == len(finished) == 60
+        assert len({(step, part) for step, part, _ in finished}) == len(finished) == 60
 
 
 def test_a_stop_lets_what_was_begun_end():

@@ -246,7 +246,7 @@ class ServerSteps:
             update = server_step.Updates(self.strategy, optimizer, variables)
             counter = update.counter
             numbers = tf.constant([0.0, 1.0, 0.0, 1.0, 1.0], keras.backend.floatx())
-            pieces = server_step.cut(variables, [None if g is None else g for g in gradients])
+            pieces = server_step.cut(variables, gradients)
             outputs = update.apply(pieces, numbers, [], began_at[counter.device + counter.name])
             staleness = tf.maximum(staleness, tf.cast(outputs["staleness"], tf.int64))
             applied = applied & ~tf.cast(outputs["skipped"], tf.bool)

@@ -108,3 +108,10 @@ def _endless_invalid(spec) -> tf.data.Dataset:
     """Batches of zeros with weight 0 and `valid` False; unknown sizes become 1."""
     empty = tf.nest.map_structure(lambda s: tf.zeros([1 if d is None else d for d in s.shape], s.dtype), spec)
     return tf.data.Dataset.from_tensors(empty).repeat()
+
+
+def without_autotune() -> tf.data.Options:
+    """Destroying an iterator waits for its autotune thread, which sleeps up to a minute: every exit would."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options

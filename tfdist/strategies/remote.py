@@ -111,7 +111,7 @@ class ServerInput:
         dataset = self._dataset_fn(context)
         if not context.start_step_was_read and task.step:
             dataset = dataset.skip(task.step)
-        laid_out = self._lay_out(dataset, task.part).with_options(_options())
+        laid_out = self._lay_out(dataset, task.part).with_options(layout.without_autotune())
         return iter(laid_out), queue, task.step
 
 
@@ -206,10 +206,3 @@ def run_of(iterator: weakref.ref, functions: Functions, worker: Worker, task: Ta
     if alive is None:
         raise Ended
     return functions.run(alive, worker, task)
-
-
-def _options() -> tf.data.Options:
-    """See `sync`: giving up an iterator waits for the thread that tunes."""
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return options

@@ -118,7 +118,7 @@ class Synchronous:
         if self.needs_static_shapes:
             input_checks.check_shapes(dataset)
         laid_out = layout.lay_out(dataset, rows_of_workers, self.worker, accumulate_steps, self.local_replicas())
-        laid_out = laid_out.prefetch(2).with_options(_without_autotune())
+        laid_out = laid_out.prefetch(2).with_options(layout.without_autotune())
         # not TensorFlow's distributed iterator: on CPU devices it makes every step wait for its threads (half of an
         # evaluation step on two replicas); here each replica takes its slice of one element
         return iter(laid_out)
@@ -280,13 +280,6 @@ class MultiWorkerMirrored(Synchronous):
         super().__init__(tf_strategy, cluster, worker_weights)
         if tf.compat.v1.get_seed(None) == (None, None):  # what shuffles without a seed does so alike on all workers
             tf.random.set_seed(int.from_bytes(self.exchange(os.urandom(4))[0], "little"))
-
-
-def _without_autotune() -> tf.data.Options:
-    """Destroying an iterator waits for its autotune thread, which sleeps up to a minute: every exit would."""
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return options
 
 
 def local_replica(tf_strategy) -> int:
