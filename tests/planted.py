@@ -106,8 +106,8 @@ def double_all_reduce():
 def lost_accumulation():
     whole = step.gradient_sums
 
-    def first_only(state, loss, part, totals, seed, replica):
-        gradients, stats = whole(state, loss, part, totals, seed, replica)
+    def first_only(state, loss, part, totals, seed, replica, *sources):
+        gradients, stats = whole(state, loss, part, totals, seed, replica, *sources)
         counts = tf.cast(tf.equal(part.m, 0) if replica.count > 1 else True, stats.dtype)
         return [g * tf.cast(counts, g.dtype) for g in gradients], stats
 
