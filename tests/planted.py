@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.models.dropout import Dropout
+from tfdist.patches import optimizers
 from tfdist.train import batch_norm, step
 
 OPTIONS = {"clip_norm": 0.3, "accumulate_steps": 2}
@@ -116,11 +116,11 @@ def lost_accumulation():
 
 def stale_ema():
     update = step.apply_sums
-    average = patches._update_moving_averages
+    average = optimizers._update_moving_averages
 
     def stale(*args):
         replica = args[-1]
-        patches._update_moving_averages = average if replica.index == 0 else lambda optimizer: None
+        optimizers._update_moving_averages = average if replica.index == 0 else lambda optimizer: None
         return update(*args)
 
     step.apply_sums = stale

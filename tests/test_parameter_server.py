@@ -10,6 +10,8 @@ import pytest
 from processes import finish, measured, run, start, tfdist
 from test_launch import assert_all_gone, group_of, parent_of, wait_until
 
+from tfdist.checkpoint import store
+
 HERE = Path(__file__).parent
 METRICS = "metrics.jsonl"
 
@@ -90,10 +92,8 @@ def test_every_step_is_counted_once_and_evaluation_is_exact(train, tmp_path, tho
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
-    process = launch(
-        2, 1, "--max-restarts=2", *train, f"--workdir={tmp_path}", "--config.train.num_steps=100000",
-        "--config.checkpoint.every_steps=0",
-    )  # fmt: skip
+    limits = ("--heartbeat_timeout_s=3", "--start_timeout_s=60", f"--log_dir={tmp_path / 'logs'}")
+    process = launch(2, 1, "--max-restarts=2", *limits, "--", "python", str(HERE / "server_rows.py"), str(tmp_path))
     wait_for_step(tmp_path, 50, process)
     tasks = task_pids(process)
     log = lambda: (Path(tmp_path) / "logs" / "chief-0.log").read_text()  # noqa: E731
@@ -115,6 +115,16 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
         measured(f"{worker} is used again", seconds, 10 + (3 if worker == "worker 1" else 0))
     assert "worker 1 is frozen" in done.stderr
     assert_all_gone(members, 2)
+    state = store.latest(tmp_path / "checkpoints")
+    table = state.arrays()["model/layers/0/embeddings"][:, 0]
+    rates = -table[: counted["step"]]  # of each step the sum of the learning rates that it was applied with
+    twice = np.isin(np.arange(counted["step"]), counted["rerun_steps"])
+    assert (table[counted["step"] :] == 0).all()
+    assert (rates > 0).all() and len(set(rates[~twice])) == (~twice).sum(), "each step its own row, with a rate of its own"
+    assert rates.sum() == np.arange(1.0, counted["updates"] + 1).sum(), "no update is counted that has not come, or twice"
+    logged = {row["step"] - 1: row["learning_rate"] for row in rows(tmp_path, "train")}
+    assert len(set(logged.values())) == counted["step"]
+    assert sorted(logged.values())[-1] <= counted["updates"]
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.data.shard_writer import DOCUMENTS
 from tfdist.data.shards import Shard, Split
+from tfdist.patches.datasets import mapped_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _mapped(shard: Shard) -> tuple[tf.Tensor, int]:
     """(a shard's file as tokens, mapped; how many of these its header takes)."""
     dtype = token_type(shard)
     header = shard.header_bytes // dtype.size
-    return patches.mapped_file(str(shard.path), dtype, header + shard.tokens), header
+    return mapped_file(str(shard.path), dtype, header + shard.tokens), header
 
 
 def all_tokens(shards: Sequence[Shard]) -> tf.Tensor:

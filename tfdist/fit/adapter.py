@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfdist import files, patches
+from tfdist import files
 from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
 from tfdist.fit import callbacks, replica
@@ -21,7 +21,9 @@ from tfdist.fit.checkpoint import Checkpoint
 from tfdist.fit.functions import Steps
 from tfdist.fit.input import Input
 from tfdist.fit.server_functions import ServerSteps
-from tfdist.patches import servers
+from tfdist.patches import check_versions, servers
+from tfdist.patches import fit as patches
+from tfdist.patches.layers import all_layers, batch_norm_put_back
 from tfdist.strategies import base, support
 from tfdist.train.signals import StopRequest
 
@@ -55,7 +57,7 @@ class InForce:
                     patches.means_of_replicas(replica.weight_of_mean),
                     patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
                     patches.writes_noted(replica.note_written),
-                    patches.batch_norm_put_back(),
+                    batch_norm_put_back(),
                 ):
                     self.stack.enter_context(part)
             self.depth += 1
@@ -111,7 +113,7 @@ class Adapter:
                 call.set("verbose", 0)
             if self.runs:  # `fit` calls `evaluate`
                 return stock(*call.bound.args, **call.bound.kwargs)
-            patches.check_versions(name)
+            check_versions(name)
             self.runs = True
             try:
                 with _IN_FORCE, self._parts(), self._prepared(call):
@@ -131,7 +133,7 @@ class Adapter:
     def _parts(self) -> Iterator[None]:
         alone = replica.on_servers() if self.strategy.num_servers else contextlib.nullcontext()
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
-        layers = patches.all_layers(self.model)
+        layers = all_layers(self.model)
         with (
             patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
             patches.activity_of_replicas(layers, replica.activity_loss),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import keras
 from absl import logging
 
-from tfdist import patches
 from tfdist.errors import UserError
+from tfdist.patches.fit import first_epoch, start_at_epoch
 from tfdist.strategies.base import Strategy
 from tfdist.train import state
 
@@ -57,8 +57,8 @@ class Agree(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.restores:  # the chief alone has read a backup
             state.share(self.strategy, [*self.model.variables, *self.model.optimizer.variables])
-            epochs = self.strategy.exchange(str(patches.first_epoch(self.model)).encode())
-            patches.start_at_epoch(self.model, int(epochs[0]))
+            epochs = self.strategy.exchange(str(first_epoch(self.model)).encode())
+            start_at_epoch(self.model, int(epochs[0]))
 
     def on_epoch_begin(self, epoch, logs=None):
         self._agree()

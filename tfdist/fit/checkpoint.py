@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
 from tfdist.checkpoint import keys, policy, store
 from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.fit.functions import optimizers_of
+from tfdist.patches.fit import counters, on_epoch_iterator, start_at_epoch
 from tfdist.strategies.base import Strategy
 from tfdist.train import state
 from tfdist.train.signals import StopRequest
@@ -90,9 +90,9 @@ class Checkpoint(keras.callbacks.Callback):
                 f"steps_per_execution={facts['steps_per_execution']}, found {self.initial_epoch} and "
                 f"{model.steps_per_execution}; give the same, or another folder"
             )
-        patches.start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
+        start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
         epochs = self.epoch - self.initial_epoch
-        patches.on_epoch_iterator(epoch_iterator, self._from_here(epoch_iterator, epochs, self.batch))
+        on_epoch_iterator(epoch_iterator, self._from_here(epoch_iterator, epochs, self.batch))
         if facts["stopped"] or self.epoch >= self.epochs:
             self._say(f"complete already, after step {self.step}; another folder starts anew, more epochs go on")
         else:
@@ -159,14 +159,14 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.strategy is None:
             raise UserError("tfdist.fit.Checkpoint: expected a model made under a tfdist scope, found another")
-        best_weights, left = iter(self.best_weights), [one for one in self.others if patches.counters(one)]
-        for kind, counters in self.counters:
+        best_weights, left = iter(self.best_weights), [one for one in self.others if counters(one)]
+        for kind, counted in self.counters:
             counting = next((one for one in left if type(one).__name__ == kind), None)
             if counting is None:
                 logging.warning("fit: %s has a %s, which is not among the callbacks any more", self.folder, kind)
             else:
                 left.remove(counting)
-            for name, value in counters.items():
+            for name, value in counted.items():
                 if isinstance(value, dict):
                     value = [next(best_weights) for _ in range(value["weights"])]
                 if counting is not None:
@@ -226,22 +226,22 @@ class Checkpoint(keras.callbacks.Callback):
             return
         arrays = {key: np.asarray(variable.numpy()) for key, variable in values_of(self.model).items()}
         arrays |= {f"metrics/{i:03}": value for i, value in enumerate(metrics)}
-        counters, places = [], 0
+        counted, places = [], 0
         for callback in self.others:
-            found = patches.counters(callback)
+            found = counters(callback)
             weights = found.get("best_weights")
             if weights is not None:
                 arrays |= {f"best_weights/{i:05}": np.asarray(value) for i, value in enumerate(weights, places)}
                 places += len(weights)
                 found["best_weights"] = {"weights": len(weights)}
             if found:
-                counters.append((type(callback).__name__, {name: _plain(value) for name, value in found.items()}))
+                counted.append((type(callback).__name__, {name: _plain(value) for name, value in found.items()}))
         history = {name: [_plain(value) for value in values] for name, values in self.model.history.history.items()}
         for name, value in (logs or {}).items():
             history[name] = [*history.get(name, []), _plain(value)]
         fit = {"step": self.step, "epoch": self.epoch, "batch": self.batch, "stopped": self.model.stop_training}
         fit |= {"initial_epoch": self.initial_epoch, "steps_per_execution": self.model.steps_per_execution}
-        fit |= {"history": history, "callbacks": counters}
+        fit |= {"history": history, "callbacks": counted}
         try:
             path = store.save(self.folder, self.step, arrays, {"fit": fit})
         except CheckpointError as error:

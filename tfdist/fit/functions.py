@@ -9,12 +9,14 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError, UserError
 from tfdist.fit.input import Input
 from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
+from tfdist.patches.fit import is_stock, quirks
+from tfdist.patches.layers import ComponentVariables, all_layers, state_of_layers
+from tfdist.patches.optimizers import batches_applied
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.sync import local_replica
 from tfdist.train import forward_state, state
@@ -34,7 +36,7 @@ class Steps:
         self.strategy, self.model, self.input = strategy, model, input
         self.seed = tf.compat.v1.get_seed(0)[0] or 0  # that of tf.random.set_seed, for tfdist's own dropout
         self.tf_strategy = strategy.tf_strategy
-        self.quirks = patches.quirks()
+        self.quirks = quirks()
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
         self.metrics = _each_once(model.metrics_variables)
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics), state.layer_seeds(model)
@@ -55,7 +57,7 @@ class Steps:
                 f"{strange[0]} and {len(strange) - 1} more made outside"
             )
         replicas = range(self.strategy.local_replicas())
-        self.components = [patches.ComponentVariables(self.tf_strategy, variables, local) for local in replicas]
+        self.components = [ComponentVariables(self.tf_strategy, variables, local) for local in replicas]
 
     def stop_requested(self) -> bool:
         """Whether, by the last step, any process was asked to stop; the same on all of them."""
@@ -64,7 +66,7 @@ class Steps:
     def build_optimizers(self, element_spec) -> None:
         """Those that a `train_step` of the model's own uses: it alone knows for which variables."""
         unbuilt = [one for one in optimizers_of(self.model) if not one.built]
-        if not unbuilt or patches.is_stock(self.model, "train_step"):
+        if not unbuilt or is_stock(self.model, "train_step"):
             return
         updates = []
 
@@ -203,7 +205,7 @@ class Steps:
         replica, batch = self._replica(data)
         optimizer = self.model.optimizer
         with replica.computing(), self._own_seeds(replica), self._rows_that_count(replica):
-            step = patches.batches_applied(optimizer) if optimizer is not None else tf.zeros([], tf.int64)
+            step = batches_applied(optimizer) if optimizer is not None else tf.zeros([], tf.int64)
             with sample_position(SamplePosition(self.seed, step, replica.first_row)):
                 if replica.count > 1 and self.jit_compile:
                     logs = self._train_in_two(replica, batch)
@@ -213,7 +215,7 @@ class Steps:
 
     def _train_in_two(self, replica: Replica, batch):
         """XLA before and after the reduction of the gradients, which it cannot hold."""
-        if not patches.is_stock(self.model, "train_step"):
+        if not is_stock(self.model, "train_step"):
             logging.log_first_n(logging.INFO, "fit: a train_step of one's own runs without XLA on several replicas", 1)
             return self.model.train_step(batch)
         updates = replica.deferred = []
@@ -358,10 +360,10 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
 
 def _written_by_layers(model: keras.Model, metrics: list) -> list[keras.Variable]:
     """What layers keep. Batch normalisation over all replicas writes the same everywhere and is not in it."""
-    layers = patches.all_layers(model)
+    layers = all_layers(model)
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
     agree_already = {id(v) for v in [*metrics, *(v for layer in norms for v in layer.variables)]}
-    return [v for v in patches.state_of_layers(layers) if id(v) not in agree_already]
+    return [v for v in state_of_layers(layers) if id(v) not in agree_already]
 
 
 def _names(metric) -> list[str]:

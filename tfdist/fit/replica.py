@@ -11,7 +11,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist import patches
+from tfdist.patches.fit import Quirks
+from tfdist.patches.layers import ComponentVariables
 from tfdist.train import batch_norm, step
 
 _current: contextvars.ContextVar["Replica | None"] = contextvars.ContextVar("replica", default=None)
@@ -30,8 +31,8 @@ class Replica:
     """
 
     def __init__(
-        self, model: keras.Model, components: patches.ComponentVariables, local: int, index: int, count: int,
-        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor, quirks: patches.Quirks,
+        self, model: keras.Model, components: ComponentVariables, local: int, index: int, count: int,
+        rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor, quirks: Quirks,
     ):  # fmt: skip
         self.model, self.components, self.quirks = model, components, quirks
         self.local, self.index, self.count = local, index, count

@@ -10,19 +10,20 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
 from tfdist.fit.functions import optimizers_of
 from tfdist.fit.input import Input
 from tfdist.fit.replica import Replica
 from tfdist.models.dropout import SamplePosition, sample_position
-from tfdist.patches import servers
+from tfdist.patches import server_optimizers, servers
+from tfdist.patches.fit import quirks
+from tfdist.patches.layers import all_layers, state_of_layers
 from tfdist.strategies.crew import Worker
 from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.remote import fetch, here
 from tfdist.strategies.schedule import Schedule, Task
-from tfdist.train import server_step, state
+from tfdist.train import server_step, server_updates, state
 
 _LOOK_EVERY_S, _ABANDON_S = 0.2, 10.0
 
@@ -36,11 +37,11 @@ class ServerSteps:
                             f"{strategy.parts}; use tfdist.Trainer, or MultiWorkerMirrored")  # fmt: skip
         self.strategy, self.model, self.input = strategy, model, input
         self.seed = tf.compat.v1.get_seed(0)[0] or 0
-        self.quirks = patches.quirks()
+        self.quirks = quirks()
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
         self.metrics = list({id(v): v for v in model.metrics_variables}.values())
         self.layer_seeds = state.layer_seeds(model)
-        self.layer_state = patches.state_of_layers(patches.all_layers(model))
+        self.layer_state = state_of_layers(all_layers(model))
         self.stop = False  # see stop_requested
         self.by_rows: tuple[keras.Variable, ...] | None = None
         self.schedule: Schedule | None = None
@@ -232,26 +233,24 @@ class ServerSteps:
 
     def _train(self, batch, step, seeds):
         if self.by_rows is None:
-            tables = (
-                () if self.jit_compile else servers.tables(patches.all_layers(self.model), self.model.trainable_variables)
-            )
+            tables = () if self.jit_compile else servers.tables(all_layers(self.model), self.model.trainable_variables)
             self.by_rows = server_step.looked_up_only(tables, lambda: self._inside(batch, step, seeds, "train_step", tables))
         counters = [servers.components(one.iterations)[0] for one in optimizers_of(self.model) if one.built]
         began_at = {counter.device + counter.name: tf.identity(counter) for counter in counters}
         logs, updates, sums, written, seeds, results = self._inside(batch, step, seeds, "train_step", self.by_rows)
         staleness, applied = tf.zeros([], tf.int64), tf.constant(True)
         for optimizer, gradients, variables in updates:
-            variables = list(variables if variables is not None else servers.variables_of(optimizer))
+            variables = list(variables if variables is not None else server_optimizers.variables_of(optimizer))
             _check(optimizer, self.model)
-            update = server_step.Updates(self.strategy, optimizer, variables)
+            update = server_updates.Updates(self.strategy, optimizer, variables)
             counter = update.counter
             numbers = tf.constant([0.0, 1.0, 0.0, 1.0, 1.0], keras.backend.floatx())
-            pieces = server_step.cut(variables, gradients)
+            pieces = server_updates.cut(variables, gradients)
             outputs = update.apply(pieces, numbers, [], began_at[counter.device + counter.name])
             staleness = tf.maximum(staleness, tf.cast(outputs["staleness"], tf.int64))
             applied = applied & ~tf.cast(outputs["skipped"], tf.bool)
         for variable, before, after in written:
-            server_step.add_change(variable, before, after, applied)
+            server_updates.add_change(variable, before, after, applied)
         return sums, self._others(logs, results), seeds, staleness
 
     def _test(self, batch, step, seeds):

@@ -38,11 +38,6 @@ def in_place(variable: keras.Variable):
     return variable._value
 
 
-def variables_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
-    """Those that it was built for. What: `Optimizer._trainable_variables`. Versions: Keras 3.10-3.15."""
-    return list(optimizer._trainable_variables)
-
-
 def results_after(model: keras.Model, wait: Callable[[], None]) -> dict[str, Callable]:
     """Methods of a model whose metrics are read at the end of an epoch after `wait`.
 
@@ -284,14 +279,11 @@ def tapes_of(pulled: Pulled, variables: list[keras.Variable]):
 
 def locals_in_place(values: list[tuple[keras.Variable, tf.Tensor]]):
     """Inside, each variable is a `Local` with that value."""
-    return _bound([(variable, Local(value)) for variable, value in values])
-
-
-# ---- the optimizer, on the servers ----
+    return bound([(variable, Local(value)) for variable, value in values])
 
 
 @contextlib.contextmanager
-def _bound(values: list[tuple[keras.Variable, Any]]):
+def bound(values: list[tuple[keras.Variable, Any]]):
     """Inside, each variable has that value, and the shape of it.
 
     What: `keras.Variable._value`, `_shape`. Versions: Keras 3.10-3.15.
@@ -304,165 +296,3 @@ def _bound(values: list[tuple[keras.Variable, Any]]):
     finally:
         for variable, value, shape in before:
             variable._value, variable._shape = value, shape
-
-
-@contextlib.contextmanager
-def _known(optimizer: keras.optimizers.Optimizer, variable: keras.Variable):
-    """Inside, the optimizer finds what it keeps for a variable that is bound to something else.
-
-    What: `Optimizer._trainable_variables_indices`, `_var_key`. Versions: Keras 3.10-3.15.
-    """
-    indices, key = optimizer._trainable_variables_indices, optimizer._var_key(variable)
-    before = indices.get(key)
-    indices[key] = _index_of(optimizer, variable)
-    try:
-        yield
-    finally:
-        indices.pop(key) if before is None else indices.update({key: before})
-
-
-def _index_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> int:
-    return next(i for i, one in enumerate(optimizer._trainable_variables) if one is variable)
-
-
-@contextlib.contextmanager
-def on_part(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, place: int, scalars: dict[int, Any]):
-    """Inside, a variable and the optimizer's slots are their parts number `place`, and its scalars the given values.
-    Why: Keras' optimizers raise on a ShardedVariable."""
-
-    def value(one: keras.Variable):
-        parts = components(one)
-        return scalars[id(one)] if id(one) in scalars else parts[min(place, len(parts) - 1)]
-
-    with _bound([(one, value(one)) for one in (variable, *optimizer.variables)]), _known(optimizer, variable):
-        yield
-
-
-@contextlib.contextmanager
-def on_rows(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, rows: tf.Tensor):
-    """Inside `on_part`: the variable and its slots are these rows of theirs alone, written back at the end."""
-    shape = variable._value.shape
-    bound = [(one, one._value, Local(tf.gather(one._value, rows)))
-             for one in (variable, *_slots_of(optimizer, variable)) if one._value.shape == shape]  # fmt: skip
-    read = [local.tensor for _, _, local in bound]
-    with _bound([(one, local) for one, _, local in bound]), _known(optimizer, variable):
-        yield
-    for (_, part, local), old in zip(bound, read, strict=True):
-        if local.tensor is not old:
-            part.scatter_update(tf.IndexedSlices(local.tensor, rows))
-
-
-def _slots_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> list[keras.Variable]:
-    """What the optimizer keeps for it.
-
-    What: the lists of an optimizer that run beside `_trainable_variables`. Versions: Keras 3.10-3.15.
-    """
-    index = _index_of(optimizer, variable)
-    own, number = {id(one) for one in optimizer.variables}, len(optimizer._trainable_variables)
-    others = ("_variables", "_trainable_variables")
-    lists = [value for name, value in vars(optimizer).items()
-             if name not in others and isinstance(value, list) and len(value) == number]  # fmt: skip
-    return [value[index] for value in lists if id(value[index]) in own]
-
-
-def scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor) -> dict[int, Any]:
-    """By id: what its scalar variables are for one update; `count`: how many came before it."""
-    slots = {id(slot) for one in optimizer._trainable_variables for slot in _slots_of(optimizer, one)}
-    own = [v for v in optimizer.variables if not len(v._shape) and id(v) not in slots]
-    found = {id(v): tf.convert_to_tensor(components(v)[0]) for v in own}
-    return found | {id(optimizer._iterations): tf.cast(count, optimizer._iterations._dtype)}
-
-
-@contextlib.contextmanager
-def bound_scalars(optimizer: keras.optimizers.Optimizer, count: tf.Tensor):
-    """Inside, the optimizer's scalars are those of one update."""
-    values = scalars(optimizer, count)
-    with _bound([(one, values[id(one)]) for one in optimizer.variables if id(one) in values]):
-        yield
-
-
-def updates_all_at_once(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether it keeps something that changes once per update and belongs to no variable (Nadam).
-
-    What: an own `_backend_update_step`. Why: here each variable is updated by itself. Versions: Keras 3.10-3.15.
-    """
-    return type(optimizer)._backend_update_step is not keras.optimizers.SGD._backend_update_step
-
-
-# ---- placement ----
-
-
-def server_number(device: str) -> int:
-    """Of a variable's device."""
-    return int(device.partition("/task:")[2].partition("/")[0])
-
-
-@contextlib.contextmanager
-def placement(strategy: tf.distribute.Strategy, server_of):
-    """Inside, a variable (and each part of one) goes where `server_of(shape, dtype)` says, and an optimizer's slots go where
-    their variable is, part by part.
-
-    What: `ParameterServerStrategyV2Extended._variable_count`, which chooses the server, and `colocate_with` of a
-    ShardedVariable. Why: in turns, slots end up on other servers than their variables, and every update crosses the
-    network; the slots of a ShardedVariable cannot be made at all. Versions: TensorFlow 2.19-2.21.
-    """
-    extended = strategy.extended
-
-    def creator(next_creator, **kwargs):
-        beside = kwargs.get("colocate_with")
-        if beside is not None:
-            parts = plain(beside)
-            if len(parts) == 1:
-                kwargs["colocate_with"] = parts[0]
-                return next_creator(**kwargs)
-            kwargs.pop("colocate_with")  # of equal shape, it is cut alike; its parts follow each other on the servers
-            extended._variable_count = server_number(parts[0].device)
-            return next_creator(**kwargs)
-        extended._variable_count = server_of(kwargs)
-        return next_creator(**kwargs)
-
-    with tf.variable_creator_scope(creator):
-        yield
-
-
-# ---- the eager runtime ----
-
-
-class Remote:
-    """What one worker executes, in order.
-
-    What: an executor of its own. Why: with the one that all threads share, a worker that dies fails the calls of the others
-    too. That is how ClusterCoordinator does it. Versions: TensorFlow 2.19-2.21.
-    """
-
-    def __init__(self, device: str):
-        from tensorflow.python.eager import executor
-
-        self.device, self._executor = device, executor.new_executor(enable_async=False)
-
-    @contextlib.contextmanager
-    def scope(self):
-        from tensorflow.python.eager import context
-
-        with context.executor_scope(self._executor), tf.device(self.device):
-            yield
-
-
-def connect_again(absent: set[int]) -> None:
-    """Takes back workers that were restarted at the addresses of lost ones, but for those with an index among the `absent`.
-    One thread at a time: two at once crash.
-
-    What: `Context.update_server_def`, as ClusterCoordinator does. Versions: TensorFlow 2.19-2.21.
-    """
-    from tensorflow.python.eager import context
-
-    eager = context.context()
-    if not hasattr(eager, "tfdist_server_def"):  # of everybody
-        eager.tfdist_server_def = type(eager._server_def)()
-        eager.tfdist_server_def.CopyFrom(eager._server_def)
-    present = type(eager._server_def)()
-    present.CopyFrom(eager.tfdist_server_def)
-    for job in present.cluster.job:
-        for index in absent if job.name == "worker" else ():
-            job.tasks.pop(index, None)
-    eager.update_server_def(present)

@@ -19,7 +19,7 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, Task, split_address
 from tfdist.errors import PeerLost
-from tfdist.patches import servers as patches
+from tfdist.patches.server_runtime import Remote, connect_again
 from tfdist.strategies.schedule import Schedule
 from tfdist.strategies.schedule import Task as StepTask
 
@@ -61,7 +61,7 @@ class Worker:
     def __init__(self, task: Task):
         self.task, self.name = task, str(task)
         self.device = f"/job:worker/replica:0/task:{task.index}"
-        self.remote = patches.Remote(self.device)
+        self.remote = Remote(self.device)
         self.is_there = True
         # of each input that is in use, its iterators; those that a process of it had which is gone, are gone with it
         self.made: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()
@@ -187,7 +187,7 @@ class Crew:
                 return
             self._check_servers()
             time.sleep(_PROBE_EVERY_S)
-        logging.info("%s is there again after %.1f s", worker.name, time.monotonic() - lost_s)
+        logging.warning("%s is there again after %.1f s", worker.name, time.monotonic() - lost_s)
 
     def _connect_again(self) -> bool:
         """Without those that do not answer now: TensorFlow would wait for them."""
@@ -195,7 +195,7 @@ class Crew:
             absent = {worker.task.index for worker in self.workers if not self._answers(worker.task)}
             try:
                 with supervisor().connecting():
-                    patches.connect_again(absent)
+                    connect_again(absent)
             except BaseException as error:
                 if not is_loss(error):
                     raise

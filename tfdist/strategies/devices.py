@@ -1,7 +1,12 @@
 """Which devices a strategy uses."""
 
+import contextlib
+import signal
+import threading
+
 import tensorflow as tf
 
+from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
 
 
@@ -38,6 +43,26 @@ def worker_devices(num_devices: int) -> tuple[int, int]:
     if num_devices:
         tf.config.set_visible_devices(gpus[:num_devices], "GPU")
     return num_devices or len(gpus), 0
+
+
+@contextlib.contextmanager
+def joining(strategy: str):
+    """Around the making of a strategy that joins a cluster, which TensorFlow allows before all other work only; `strategy`:
+    its name. Afterwards SIGTERM does again what it did: TensorFlow puts a C handler there that swallows the signal."""
+    handler = signal.getsignal(signal.SIGTERM)
+    supervisor().phase("connect")
+    try:
+        yield
+    except RuntimeError as error:
+        if "startup" not in str(error) and "initialized" not in str(error):
+            raise
+        raise UserError(
+            f"expected {strategy} before any other TensorFlow work, found that TensorFlow has already started (a tensor, a "
+            "variable or another strategy was made); make the strategy first"
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    supervisor().phase("build")
 
 
 def _logical_cpus(num_devices: int, strategy: str) -> None:

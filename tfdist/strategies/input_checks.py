@@ -3,8 +3,8 @@
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
 from tfdist.errors import UserError
+from tfdist.patches.datasets import shuffles_without_seed, upstream
 from tfdist.strategies.base import InputContext
 
 
@@ -37,8 +37,8 @@ def check_shapes(dataset: tf.data.Dataset) -> None:
 def check_order(dataset: tf.data.Dataset, context: InputContext) -> None:
     """Raises `UserError` for a shuffle without a seed that is then sharded: each worker shuffles in its own way, so some
     samples are read twice and others never. Warns of one that is not: a resumed run sees another order."""
-    for one, later in patches.upstream(dataset):
-        if not patches.shuffles_without_seed(one):
+    for one, later in upstream(dataset):
+        if not shuffles_without_seed(one):
             continue
         if context.pipelines > 1 and any("Shard" in name for name in later):
             raise UserError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import signal
 import threading
 import time
 import weakref
@@ -17,7 +16,7 @@ from tfdist.cluster import preflight, resolve
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.errors import PeerLost, UserError
-from tfdist.patches import servers as patches
+from tfdist.patches import server_runtime, servers
 from tfdist.strategies import base, devices
 from tfdist.strategies.base import DatasetFn, Steps
 from tfdist.strategies.crew import LOST, Crew
@@ -92,7 +91,7 @@ class ParameterServer:
     def scope(self):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.tf_strategy.scope())
-            stack.enter_context(patches.placement(self.tf_strategy, self._server_of))
+            stack.enter_context(server_runtime.placement(self.tf_strategy, self._server_of))
             for also in base.IN_SCOPE:
                 stack.enter_context(also(self))
             stack.enter_context(self.peers())
@@ -131,14 +130,14 @@ class ParameterServer:
         return found
 
     def copies(self, variable) -> Sequence[tf.Variable]:
-        return patches.components(variable)
+        return servers.components(variable)
 
     def lock_of(self, device: str) -> tf.CriticalSection:
-        return self.locks[patches.server_number(device)]
+        return self.locks[server_runtime.server_number(device)]
 
-    def components(self, variables, local: int) -> patches.Pulled:
+    def components(self, variables, local: int) -> servers.Pulled:
         """Inside of it they are what a worker has pulled."""
-        return patches.Pulled(variables)
+        return servers.Pulled(variables)
 
     @contextlib.contextmanager
     def peers(self):
@@ -319,26 +318,12 @@ def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distri
     """Blocks until all workers and servers serve."""
     if not supervisor().is_there:
         preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
-    devices.worker_devices(0)
-    supervisor().phase("connect")
-    handler = signal.getsignal(signal.SIGTERM)
     tf.get_logger().setLevel("WARNING")  # it says its whole configuration
     members = {job: addresses for job, addresses in cluster.jobs().items() if job != "evaluator"}
-    try:
-        strategy = tf.distribute.experimental.ParameterServerStrategy(
+    with devices.joining("tfdist.ParameterServer"):
+        return tf.distribute.experimental.ParameterServerStrategy(
             tf.distribute.cluster_resolver.SimpleClusterResolver(
                 tf.train.ClusterSpec(members), task_type="chief", task_id=0, rpc_layer="grpc"
             ),
             variable_partitioner=partitioner,
         )
-    except RuntimeError as error:
-        if "startup" not in str(error) and "initialized" not in str(error):
-            raise
-        raise UserError(
-            "expected tfdist.ParameterServer before any other TensorFlow work, found that TensorFlow has already started (a "
-            "tensor, a variable or another strategy was made); make the strategy first"
-        ) from error
-    supervisor().phase("build")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-    return strategy

@@ -3,8 +3,8 @@
 import keras
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.errors import UserError
+from tfdist.patches.layers import all_layers
 from tfdist.strategies.base import Strategy
 
 YES = ""  # any other text is the reason why not
@@ -122,7 +122,7 @@ def jit_compile(setting: str, model: keras.Model) -> bool:
     if setting != "auto":
         return setting == "on"
     on_cpu = not tf.config.list_physical_devices("GPU")
-    sixteen_bits = any("16" in layer.compute_dtype for layer in patches.all_layers(model))
+    sixteen_bits = any("16" in layer.compute_dtype for layer in all_layers(model))
     return not (on_cpu and sixteen_bits)
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, wants_legacy_keras
 from tfdist.cluster.spec import Cluster
 from tfdist.errors import DataError, PeerLost, UserError
+from tfdist.patches.layers import ComponentVariables
 from tfdist.strategies import base, devices, input_checks, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
@@ -85,9 +85,9 @@ class Synchronous:
                 "same number of batches, and let all of them make the same calls"
             ) from error
 
-    def components(self, variables, local: int) -> patches.ComponentVariables:
+    def components(self, variables, local: int) -> ComponentVariables:
         """Inside of it they are those of one of this process' replicas."""
-        return patches.ComponentVariables(self.tf_strategy, variables, local)
+        return ComponentVariables(self.tf_strategy, variables, local)
 
     def copies(self, variable) -> Sequence[tf.Variable]:
         return self.tf_strategy.experimental_local_results(variable.value)

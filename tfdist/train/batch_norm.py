@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 import keras
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.errors import UserError
+from tfdist.patches.layers import all_layers, batch_norm_moments
 
 # a context in which a collective may stand in the middle of a forward pass
 Suspended = Callable[[], AbstractContextManager]
@@ -20,7 +20,7 @@ Suspended = Callable[[], AbstractContextManager]
 
 def layers_of(model: keras.Layer) -> list[keras.layers.BatchNormalization]:
     """The layers that take statistics of the batch; a frozen one uses its moving statistics."""
-    return [layer for layer in patches.all_layers(model) if _is_batch_norm(layer) and layer.trainable]
+    return [layer for layer in all_layers(model) if _is_batch_norm(layer) and layer.trainable]
 
 
 def _is_batch_norm(layer: keras.Layer) -> bool:
@@ -61,7 +61,7 @@ def statistics(layers: list, real_rows: Callable, total: Callable[[tf.Tensor], t
     def moments(layer, inputs, mask):
         return _moments(layer, inputs, mask, real_rows(layer, inputs), total, epsilon)
 
-    with patches.batch_norm_moments(moments):
+    with batch_norm_moments(moments):
         yield
 
 

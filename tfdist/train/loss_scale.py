@@ -6,13 +6,13 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
+from tfdist.patches.layers import all_layers
 
 
 def with_scale(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """A model that computes in float16 needs a loss scale: wraps an optimizer without one, as Keras' `compile` does. Call
     it under the strategy's scope."""
-    half = any(layer.compute_dtype == "float16" for layer in patches.all_layers(model))
+    half = any(layer.compute_dtype == "float16" for layer in all_layers(model))
     if not half or isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or optimizer.loss_scale_factor:
         return optimizer
     logging.info(

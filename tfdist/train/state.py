@@ -8,9 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist import patches
 from tfdist.checkpoint import keys
 from tfdist.errors import CheckpointError, UserError
+from tfdist.patches.layers import all_layers, state_of_layers
+from tfdist.patches.optimizers import moving_averages
 from tfdist.strategies.base import Strategy
 from tfdist.train import batch_norm, loss_scale
 
@@ -56,7 +57,7 @@ class TrainState:
     @functools.cached_property
     def written_by_forward(self) -> list[keras.Variable]:
         """Weights that are no one's gradient's: moving statistics, counters of a user's layer. Not frozen ones."""
-        return patches.state_of_layers(patches.all_layers(self.model))
+        return state_of_layers(all_layers(self.model))
 
     @functools.cached_property
     def batch_norms(self) -> list[keras.layers.BatchNormalization]:
@@ -76,7 +77,7 @@ class TrainState:
     def averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
         """(variable, its moving average) where evaluation uses the average: `use_ema` that never overwrites the variable."""
         uses_them = self.updating.use_ema and not self.updating.ema_overwrite_frequency
-        return patches.moving_averages(self.updating) if uses_them else []
+        return moving_averages(self.updating) if uses_them else []
 
     @property
     def updates(self) -> int:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
 from tfdist.errors import UserError
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches import servers
+from tfdist.patches.layers import ComponentVariables
+from tfdist.patches.optimizers import apply_gradients
 from tfdist.strategies.base import Batch, ReplicaStep, Strategy
 from tfdist.train import batch_norm, forward_state, loss_scale
 from tfdist.train.loss import Loss, combined, output_weights
@@ -44,7 +45,7 @@ def make_train_step(strategy: Strategy, state: TrainState, loss: Loss, options: 
 
     def step_of(local: int) -> Callable[[Batch], dict[str, tf.Tensor]]:
         replica = Replica(local, strategy.first_replica + local, strategy.num_replicas)
-        components = patches.ComponentVariables(strategy.tf_strategy, state.variables, local)
+        components = ComponentVariables(strategy.tf_strategy, state.variables, local)
         suspended = (lambda: components.suspended(state.model)) if communicates else None
 
         def on_components(fn, jit_compile: bool):
@@ -302,12 +303,12 @@ def apply_if(applied: tf.Tensor, state: TrainState, gradients: list, variables: 
     if not compiled:
         tf.cond(
             applied,
-            lambda: [patches.apply_gradients(state.updating, gradients, variables), tf.constant(0)][1],
+            lambda: [apply_gradients(state.updating, gradients, variables), tf.constant(0)][1],
             lambda: tf.constant(0),
         )
         return
     changing = [*variables, *state.updating.variables]
     before = [tf.identity(variable.value) for variable in changing]
-    patches.apply_gradients(state.updating, gradients, variables)
+    apply_gradients(state.updating, gradients, variables)
     for variable, value in zip(changing, before, strict=True):
         variable.assign(tf.where(applied, variable.value, value))

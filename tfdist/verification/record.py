@@ -18,10 +18,10 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tfdist import patches
 from tfdist.cluster.link import supervisor
 from tfdist.errors import Failure, UserError
 from tfdist.models.dropout import Dropout
+from tfdist.patches.layers import ComponentVariables, all_layers
 from tfdist.strategies.base import InputContext, Strategy
 from tfdist.strategies.sync import Mirrored, MultiWorkerMirrored, OneDevice
 from tfdist.train import step
@@ -93,7 +93,7 @@ def record(strategy: Strategy, subject: Subject, spec: dict, without: list[str])
     recording: dict[str, np.ndarray] = {f"rows/{i}": hashes for i, hashes in enumerate(rows)}
     recording["in_use"] = np.array(in_use)
     recording["own_randomness"] = np.array(own_randomness)
-    recording["dtypes"] = np.array(sorted({layer.compute_dtype for layer in patches.all_layers(model)}))
+    recording["dtypes"] = np.array(sorted({layer.compute_dtype for layer in all_layers(model)}))
     if strategy.num_replicas == 1 and not without:
         iterator = strategy.distribute(dataset_fn, accumulate_steps=micro_batches)
         recording["noise"] = np.array(only_noise(strategy, trainer, loss, iterator, seed))
@@ -147,7 +147,7 @@ def digest(values: np.ndarray) -> np.ndarray:
 
 def features(model, optimizer, options: dict) -> list[str]:
     updating = getattr(optimizer, "inner_optimizer", optimizer)
-    layers = patches.all_layers(model)
+    layers = all_layers(model)
     found = {
         "clipping": options.get("clip_norm") or updating.clipnorm or updating.global_clipnorm or updating.clipvalue,
         "dropout": any(isinstance(layer, Dropout) and layer.rate for layer in layers),
@@ -163,7 +163,7 @@ def switch_off(model, optimizer, options: dict, without: Iterable[str]) -> list[
     """Takes the features out, and the randomness of stock Keras layers, which differs between replicas by design. Returns
     the names of the layers with such randomness."""
     updating = getattr(optimizer, "inner_optimizer", optimizer)
-    random_layers, layers = [], patches.all_layers(model)
+    random_layers, layers = [], all_layers(model)
     unused = {id(layer.fallback) for layer in layers if isinstance(layer, Dropout)}  # only outside of a Trainer
     for layer in (layer for layer in layers if id(layer) not in unused):
         if isinstance(layer, Dropout):
@@ -286,7 +286,7 @@ def only_noise(strategy: Strategy, trainer: Trainer, loss, iterator, seed: int) 
     Adam scales such noise up to the size of the learning rate, so that it cannot agree between two correct runs.
     """
     state = trainer.state
-    components = patches.ComponentVariables(strategy.tf_strategy, state.variables, 0)
+    components = ComponentVariables(strategy.tf_strategy, state.variables, 0)
 
     def probe(batch, stop, replica):
         with components:

@@ -1,0 +1,292 @@
+"""Keras `fit`: in force while a method of a model made under a tfdist scope runs (fit/adapter.py), undone after it."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **values: Any):
+    """Attributes of a module, a class or a Keras layer itself (not of its class), put back afterwards."""
+    attributes = vars(owner)
+    before = {name: attributes[name] for name in values if name in attributes}
+    layer = isinstance(owner, keras.Layer)  # its own __setattr__ would track what is set
+    for name, value in values.items():
+        attributes.__setitem__(name, value) if layer else setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                attributes.__setitem__(name, before[name]) if layer else setattr(owner, name, before[name])
+            else:
+                attributes.pop(name, None) if layer else delattr(owner, name)
+
+
+@contextlib.contextmanager
+def models_made(attach: Callable[[keras.Model], None], refuse: Callable[[keras.Model, str], None], methods: tuple[str, ...]):
+    """Inside, every Keras model that is made is given to `attach` first, and a call of the `methods` to `refuse`.
+
+    What: `TensorFlowTrainer.__init__`. Why: `fit` is called later, outside of the scope, on the model alone: this is where a
+    model learns its strategy in stock Keras too. One that was made before would take TensorFlow's strategy of the moment.
+    Versions: Keras 3.10-3.15.
+    """
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    stock = TensorFlowTrainer.__init__
+
+    def __init__(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        attach(self)
+
+    def refusing(name):
+        stock_method = getattr(TensorFlowTrainer, name)
+
+        @functools.wraps(stock_method)
+        def method(self, *args, **kwargs):
+            refuse(self, name)
+            return stock_method(self, *args, **kwargs)
+
+        return method
+
+    with _replaced(TensorFlowTrainer, __init__=__init__, **{name: refusing(name) for name in methods}):
+        yield
+
+
+def own_methods(model: keras.Model, **methods: Callable) -> None:
+    """Methods of this model alone, in front of those of its class. Not saved with it."""
+    vars(model).update(methods)
+
+
+@contextlib.contextmanager
+def fit_parts(model: keras.Model, strategy: Any, build: Callable, **functions: Callable):
+    """Inside, `fit` of the model asks `strategy` for its input, `build(stock, **data)` for its variables, and `functions`
+    (make_train_function, ...) for its steps.
+
+    What: `Trainer._distribute_strategy` and `_maybe_symbolic_build` of one model.
+    Why: stock `fit` splits batches with TensorFlow's distributed datasets, and looks at a first batch to build the model: a
+    first batch that splits unevenly crashes, and so does every one under MultiWorkerMirrored.
+    Upstream: https://github.com/keras-team/keras/issues/20585. Versions: Keras 3.10-3.15.
+    """
+    stock = model._maybe_symbolic_build
+    parts = {"_distribute_strategy": strategy, "_maybe_symbolic_build": lambda **data: build(stock, **data)}
+    with _replaced(model, **parts, **functions):
+        yield
+
+
+@contextlib.contextmanager
+def strategy_of(model: keras.Model, strategy: Any):
+    """Inside, Keras takes this for the model's strategy. What: `Trainer._distribute_strategy`. Versions: Keras 3.10-3.15."""
+    with _replaced(model, _distribute_strategy=strategy):
+        yield
+
+
+@contextlib.contextmanager
+def losses_of_replicas(in_replica: Callable[[], bool], reduce: Callable):
+    """Inside, a loss of values of one replica is reduced by `reduce(stock, mask_weights, values, ...)`, and not divided by
+    the number of replicas.
+
+    What: `reduce_weighted_values`, `scale_loss_for_distribution` and its inverse, of keras/src/losses/loss.py.
+    Why: dividing by the number of replicas is right only where all have as much of what a loss is divided by: rows, places
+    that are not masked, weights. Upstream: https://github.com/keras-team/keras/issues/19891. Versions: Keras 3.10-3.15.
+    """
+    from keras.src.losses import loss as module
+
+    stock, scale, unscale = (
+        module.reduce_weighted_values,
+        module.scale_loss_for_distribution,
+        module.unscale_loss_for_distribution,
+    )
+    replacements = {
+        "reduce_weighted_values": lambda values, **kwargs: reduce(stock, module.apply_mask, values, **kwargs),
+        "scale_loss_for_distribution": lambda value: value if in_replica() else scale(value),
+        "unscale_loss_for_distribution": lambda value: value if in_replica() else unscale(value),
+    }
+    with _replaced(module, **replacements):
+        yield
+
+
+@contextlib.contextmanager
+def means_of_replicas(weight: Callable[[Any, Any], Any]):
+    """Inside, `Mean` takes `weight(values, sample_weight)` for the weight of what it is given.
+
+    What: `keras.metrics.Mean.update_state`. Why: the mean of one loss of each replica (`Mean.update_state(loss)`) counts
+    replicas alike, whatever their rows. Versions: Keras 3.10-3.15.
+    """
+    stock = keras.metrics.Mean.update_state
+
+    def update_state(self, values, sample_weight=None):
+        return stock(self, values, sample_weight=weight(values, sample_weight))
+
+    with _replaced(keras.metrics.Mean, update_state=update_state):
+        yield
+
+
+@contextlib.contextmanager
+def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable):
+    """Inside, `optimizer.apply(gradients, variables)` in a replica is `apply(stock, optimizer, gradients, variables)`, and
+    `stock` neither reduces nor leaves the replica.
+
+    What: `apply` of every Keras optimizer class that defines it; the TensorFlow overrides of weight decay, updates,
+    averages and accumulation.
+    Why: stock Keras clips, accumulates and checks what one replica has, then reduces; and under Mirrored its `merge_call`
+    inside of a condition (accumulation, averages, loss scale) cannot be traced.
+    Upstream: https://github.com/keras-team/keras/issues/20582. Versions: Keras 3.10-3.15.
+    """
+    from keras.src.backend.tensorflow.optimizer import TFOptimizer
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+    from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+
+    def applied(stock):
+        def chosen(self, grads, trainable_variables=None):
+            if not in_replica():
+                return stock(self, grads, trainable_variables)
+            return apply(lambda *sums: stock(self, *sums), self, list(grads), trainable_variables)
+
+        return chosen
+
+    def local(name):
+        override, plain = vars(TFOptimizer)[name], vars(BaseOptimizer)[name]
+        return lambda self, *args: (plain if in_replica() else override)(self, *args)
+
+    stock_loss_scaled = LossScaleOptimizer._tf_apply
+
+    def loss_scaled(self, grads, trainable_variables=None):
+        chosen = LossScaleOptimizer._common_apply if in_replica() else stock_loss_scaled
+        chosen(self, grads, trainable_variables)
+
+    overrides = (
+        "_apply_weight_decay",
+        "_backend_update_step",
+        "_overwrite_model_variables_with_average_value",
+        "_backend_increment_gradient_accumulators",
+    )
+    with contextlib.ExitStack() as stack:
+        classes = [BaseOptimizer, LossScaleOptimizer, getattr(keras.optimizers, "MultiOptimizer", BaseOptimizer)]
+        for cls in dict.fromkeys(classes):
+            stack.enter_context(_replaced(cls, apply=applied(vars(cls)["apply"])))
+        stack.enter_context(_replaced(TFOptimizer, **{name: local(name) for name in overrides}))
+        stack.enter_context(_replaced(LossScaleOptimizer, _tf_apply=loss_scaled))
+        yield
+
+
+@contextlib.contextmanager
+def writes_noted(note: Callable[[keras.Variable], None]):
+    """Inside, each Keras variable that is assigned is given to `note`.
+
+    What: `keras.Variable.assign`, which all other ways to assign call. Why: which metrics a `train_step` has updated.
+    Versions: Keras 3.10-3.15.
+    """
+    stock = keras.Variable.assign
+
+    def assign(self, value):
+        note(self)
+        return stock(self, value)
+
+    with _replaced(keras.Variable, assign=assign):
+        yield
+
+
+def is_stock(model: keras.Model, method: str) -> bool:
+    """Whether a model has Keras' own method. What: the TensorFlow `Trainer` class. Versions: Keras 3.10-3.15."""
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    return getattr(type(model), method) is getattr(TensorFlowTrainer, method)
+
+
+def first_epoch(model: keras.Model) -> int:
+    """Where a callback has told `fit` to begin. What: `Trainer._initial_epoch`. Why: only this is read after
+    `on_train_begin`; Keras' own BackupAndRestore sets it. Versions: Keras 3.10-3.15."""
+    return model._initial_epoch or 0
+
+
+def start_at_epoch(model: keras.Model, epoch: int) -> None:
+    """See `first_epoch`."""
+    model._initial_epoch = epoch or None
+
+
+def on_epoch_iterator(iterator: Any, steps: Callable) -> None:
+    """From now on `fit` takes its steps from `steps(stock)`, where `stock()` yields them as before.
+
+    What: `EpochIterator._enumerate_iterator` of one `fit`. Why: to begin in the middle of an epoch, at the batch that comes
+    next. Versions: Keras 3.10-3.15.
+    """
+    stock = iterator._enumerate_iterator
+    iterator._enumerate_iterator = lambda: steps(stock)
+
+
+def methods_inside(model: keras.Model, **methods: Callable):
+    """Inside, this model has other methods."""
+    return _replaced(model, **methods)
+
+
+def results_of_an_epoch(model: keras.Model):
+    """Inside, an epoch without a step has the results of the metrics as they are: `fit` goes on where all steps of an epoch
+    were done, but not its end.
+
+    What: `Trainer._get_metrics_result_or_logs`. Versions: Keras 3.10-3.15.
+    """
+    stock = model._get_metrics_result_or_logs
+    return _replaced(model, _get_metrics_result_or_logs=lambda logs: stock(logs or model.get_metrics_result()))
+
+
+class Quirks(NamedTuple):
+    """What differs between versions of Keras 3.10-3.15 in the numbers of one device."""
+
+    mask_epsilon: float  # what is added to the number of places that a mask leaves, before a loss is divided by it
+    activity_by_row: bool  # whether activity regularisation is divided by the number of rows
+
+
+def quirks() -> Quirks:
+    """Tried out; to be called outside of a graph. What: `apply_mask` of keras/src/losses/loss.py."""
+    from keras.src.losses import loss as module
+
+    one_place = float(module.apply_mask(None, tf.ones([1], tf.float64), dtype="float64", reduction="mean")[0])
+    layer = keras.layers.Activation("linear", activity_regularizer=keras.ops.sum, name="probe")
+    layer(tf.ones([2, 1]))
+    return Quirks(keras.backend.epsilon() if one_place < 1 else 0.0, float(layer.losses[0]) == 1.0)
+
+
+@contextlib.contextmanager
+def activity_of_replicas(layers: list[keras.Layer], scaled: Callable):
+    """Inside, activity regularisation of a layer is `scaled(loss)`.
+
+    What: `Layer.activity_regularizer`. Why: where it is a sum over rows (see `Quirks`), not a mean like other losses, it
+    cannot be weighted by shares as they are. Versions: Keras 3.10-3.15.
+    """
+
+    def scaling(stock):
+        def regularizer(output):
+            return scaled(stock(output))
+
+        regularizer.of_replicas = True
+        return regularizer
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stock = getattr(layer, "activity_regularizer", None)
+            if stock is not None and not hasattr(stock, "of_replicas"):  # else of a model around this one
+                stack.enter_context(_replaced(layer, activity_regularizer=scaling(stock)))
+        yield
+
+
+def counters(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """What a callback of Keras, or one derived from it, has counted, and goes on from.
+
+    What: attributes of EarlyStopping, ReduceLROnPlateau, ModelCheckpoint and SwapEMAWeights, some of them private.
+    Why: Keras saves none of them. Versions: Keras 3.10-3.15.
+    """
+    kinds = {
+        "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch", "best_weights"),
+        "ReduceLROnPlateau": ("wait", "best", "cooldown_counter"),
+        "ModelCheckpoint": ("best", "epochs_since_last_save", "_batches_seen_since_last_saving", "_last_batch_seen"),
+        "SwapEMAWeights": ("_ema_weights_in_model",),
+    }
+    for kind, names in kinds.items():
+        if isinstance(callback, getattr(keras.callbacks, kind)):
+            return {name: vars(callback)[name] for name in names if name in vars(callback)}
+    return {}
