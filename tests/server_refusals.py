@@ -18,7 +18,7 @@ def refused(message: str):
 
 
 def main() -> None:
-    strategy = tfdist.ParameterServer(min_shard_bytes=16)
+    strategy = tfdist.ParameterServer(partitioner="fixed", num_shards=2)
 
     def trainer(optimizer, gradients_per_update: int = 1, **layer):
         strategy.parts = gradients_per_update

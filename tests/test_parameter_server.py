@@ -3,14 +3,16 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import finish, measured, run, start, tfdist
-from test_launch import assert_all_gone, group_of, parent_of, wait_until
+from test_launch import alive, assert_all_gone, group_of, parent_of, wait_until
 
 from tfdist.checkpoint import store
+from tfdist.cluster import ports
 
 HERE = Path(__file__).parent
 METRICS = "metrics.jsonl"
@@ -66,10 +68,16 @@ def wait_for_step(workdir, step: int, process, limit_s: float = 90.0) -> None:
 
 @pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_step_is_counted_once_and_evaluation_is_exact(train, tmp_path, thorough):
-    """Then the run goes on with other numbers of servers, and on one device."""
+    """Then the run goes on with three servers (and an evaluator that crashes), on one device, and with one server."""
     process = launch(2, 2, *train, f"--workdir={tmp_path}", "--config.train.num_steps=40")
-    done = finish(process, 120)
+    wait_for_step(tmp_path, 1, process)
+    chief, members = task_pids(process)["chief 0"], group_of(process)
+    wait_until(lambda: not alive(chief), 60)
+    gone_s = time.monotonic()
+    done = finish(process, 60)
+    measured("everybody ends after the chief", time.monotonic() - gone_s, 5)
     assert done.returncode == 0, done.stderr
+    assert_all_gone(members, 1)
     assert "looked up by row on the servers: transformer_lm/position_embedding/embeddings" in done.stderr
     (counted,) = events(tmp_path, "workers")
     assert counted["updates"] == counted["step"] == 40 and counted["rerun_steps"] == []
@@ -77,17 +85,41 @@ def test_every_step_is_counted_once_and_evaluation_is_exact(train, tmp_path, tho
     assert min(counted["steps"].values()) >= 5
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 41))
     by_servers = rows(tmp_path, "eval")[-1]
-    for steps, cluster in ((50, (1, 3)),) if thorough else ():
-        more = finish(launch(*cluster, *train, f"--workdir={tmp_path}", f"--config.train.num_steps={steps}"), 120)
-        assert more.returncode == 0, more.stderr
-        assert events(tmp_path, "restore")[-1]["step"] == steps - 10
-        assert events(tmp_path, "workers")[-1]["updates"] == steps
     if thorough:
+        crashes = launch(1, 3, "--evaluator", *train, f"--workdir={tmp_path}", "--config.train.num_steps=50")
+        os.kill(wait_until(lambda: task_pids(crashes).get("evaluator 0"), 30), signal.SIGKILL)
+        more = finish(crashes, 120)
+        assert more.returncode == 137 and "evaluator 0 was killed by signal 9" in more.stderr, more.stderr
+        assert_goes_on(tmp_path, 40, 50)
         alone = tfdist(*train[1:], f"--workdir={tmp_path}", "--config.train.num_steps=61")
         assert alone.returncode == 0, alone.stderr
         assert by_servers["tokens"] == rows(tmp_path, "eval")[-1]["tokens"]
+        processes = by_hand([*train[2:], f"--workdir={tmp_path}", "--config.train.num_steps=70"])
+        assert [(p.returncode, p.stderr) for p in (finish(p, 120) for p in processes) if p.returncode] == []
+        assert_goes_on(tmp_path, 61, 70)
     evaluated = tfdist("eval", f"--workdir={tmp_path}")
     assert f"loss {rows(tmp_path, 'eval')[-1]['loss']:.6f}" in evaluated.stdout
+
+
+def assert_goes_on(workdir, step: int, to_step: int) -> None:
+    assert events(workdir, "restore")[-1]["step"] == step
+    assert events(workdir, "workers")[-1]["updates"] == to_step
+    assert [row["step"] for row in rows(workdir, "train")] == list(range(1, to_step + 1))
+
+
+def by_hand(arguments: list[str]) -> list:
+    """`tfdist train` with TF_CONFIG as on three machines: the chief, a worker, a server."""
+    reserved = {job: ports.reserve() for job in ("chief", "worker", "ps")}
+    cluster = {job: [f"localhost:{s.getsockname()[1]}"] for job, s in reserved.items()}
+    for s in reserved.values():
+        s.close()
+    return [
+        start(
+            ["-m", "tfdist.cli", "train", *arguments],
+            {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": job, "index": 0}})},
+        )
+        for job in cluster
+    ]
 
 
 @pytest.mark.slow
