@@ -14,8 +14,20 @@ OWN = ("|traces", "|collectives")  # of a strategy, as is a stock layer's mask
 EXACT = ("tokens", "skipped", "who", "scales")  # equal whatever the precision
 
 
+# in float32 on more than two replicas: what rounds most, and one of each kind of layer
+IN_FLOAT32 = (
+    "accumulation_dropout_weights_and_a_step_without_any",
+    "batch_norm_with_empty_replicas_and_added_losses",
+    "convolution_with_batch_norm_accumulation_and_adafactor",
+    "recurrent_with_sparse_embedding_and_lion",
+    "dense_model_with_l2_momentum_and_clip_by_value",
+)
+
+
 def cells_of(strategy: str, dtype: str) -> tuple[str, ...]:
     """The cells that run together on a strategy: those in 16 bits in one precision only, some on two replicas only."""
+    if dtype == "float32" and strategy in ("mirrored:4", "multi_worker:2x2", "multi_worker:3x1"):
+        return IN_FLOAT32
     alone = ALONE | (set() if strategy in ("one_device", "mirrored:2") else ON_TWO_REPLICAS_ONLY)
     if strategy.startswith("parameter_server"):
         alone = alone | (NOT_IN_PARTS if strategy.count("x") > 1 else NOT_ON_SERVERS)

@@ -243,7 +243,7 @@ def test_an_error_of_one_worker_is_the_cause(tmp_path):
     done = finish(process, 60)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()
-    assert "worker 1 ended with exit code 1" in last[-1]
+    assert "worker 1 ended with exit code 1" in last[-1] and "Error: worker 1 does not like this" in last[-1]
     assert any("worker 1 does not like this" in line for line in last[last.index("--- the last lines of worker 1 ---") :])
 
 
@@ -251,7 +251,7 @@ def test_an_error_of_one_worker_is_the_cause(tmp_path):
 def test_a_strategy_that_is_made_too_late_says_so(tmp_path):
     process = launch(f"--log-dir={tmp_path}/logs", "--", "python", REGRESSION, str(tmp_path), "too_late")
     done = finish(process, 60)
-    assert done.returncode == 1 and "expected tfdist.MultiWorkerMirrored before any other TensorFlow work" in done.stderr
+    assert done.returncode == 2 and "expected tfdist.MultiWorkerMirrored before any other TensorFlow work" in done.stderr
 
 
 @pytest.mark.slow

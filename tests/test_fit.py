@@ -131,7 +131,7 @@ def test_other_versions_are_refused(monkeypatch):
 
 def test_legacy_keras_is_refused():
     done = run(["-c", "import tfdist; tfdist.OneDevice()"], {"TF_USE_LEGACY_KERAS": "1"})
-    assert done.returncode != 0 and "expected Keras 3, found TF_USE_LEGACY_KERAS=1" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "expected Keras 3, found TF_USE_LEGACY_KERAS=1" in done.stderr.splitlines()[-1]
 
 
 def test_nothing_stays_replaced():

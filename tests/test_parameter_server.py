@@ -237,9 +237,9 @@ def test_bad_settings_are_one_line(train, tmp_path, arguments, message):
 
 
 @pytest.mark.slow
-def test_what_is_refused_says_why(tmp_path):
+def test_what_is_refused_says_why_and_what_is_saved_is_whole(tmp_path):
     """One cluster for all cases."""
-    done = finish(launch(1, 2, f"--log_dir={tmp_path}", "--", "python", str(HERE / "server_refusals.py")), 120)
+    done = finish(launch(1, 2, f"--log_dir={tmp_path}", "--", "python", str(HERE / "server_cases.py"), str(tmp_path)), 120)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "all is well" in done.stdout
 

@@ -162,7 +162,8 @@ def model():
 """
 
 
-@pytest.mark.parametrize("guard", ['if __name__ == "__main__":\n    ', pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", ['if __name__ == "__main__":\n    ', ""])
 def test_a_script_may_verify_its_own_function_behind_a_guard(tmp_path, guard):
     script = tmp_path / "own.py"
     script.write_text(SCRIPT.format(guard=guard))

@@ -1,6 +1,8 @@
 """Failures with an exit code. A user's mistake is a `ValueError` whose one line says what was expected, what was found
 and how to fix it; the command line prints that line and nothing else."""
 
+import sys
+
 DONE, INTERNAL, USAGE, DATA, CHECKPOINT, NOT_FINITE, IN_USE, CHECK_FAILED = range(8)
 # 128 and above: starting again may help
 PEER_LOST, WATCHDOG, STOPPED = 140, 142, 143
@@ -47,3 +49,19 @@ class Stopped(SystemExit):
 
     def __init__(self, code: int = STOPPED):
         super().__init__(code)
+
+
+def exit_with_codes() -> None:
+    """From now on a `Failure` that nobody catches ends this process with its exit code, behind Python's traceback. Python's
+    own code, 1, would say that it was a bug and that starting again may help."""
+    shown = sys.excepthook
+    if hasattr(shown, "exits_with_codes"):
+        return
+
+    def show(kind, error, trace):
+        shown(kind, error, trace)
+        if isinstance(error, Failure):
+            raise SystemExit(error.exit_code)
+
+    show.exits_with_codes = True
+    sys.excepthook = show

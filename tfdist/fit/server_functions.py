@@ -71,15 +71,13 @@ class ServerSteps:
         return self._function(self._test)
 
     def predict_function(self) -> Callable:
-        """(list of elements) -> the model's outputs for all their rows, in order."""
+        """(list of elements) -> the model's outputs for all their rows, in order; with `steps_per_execution` elements in a
+        list, as many workers compute at once."""
         compute = tf.function(self._predict, autograph=False, reduce_retracing=True)
 
         def function(data: list):
-            outputs = []
-            for element in data:
-                batch = keras.tree.map_structure(_leaf, element)
-                (found,) = self.strategy.run_on_workers([functools.partial(_call, compute, batch)])
-                outputs.append(found)
+            batches = [keras.tree.map_structure(_leaf, element) for element in data]
+            outputs = self.strategy.run_on_workers([functools.partial(_call, compute, batch) for batch in batches])
             return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
 
         return function

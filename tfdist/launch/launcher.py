@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import secrets
 import signal
 import sys
@@ -21,6 +22,9 @@ from tfdist.launch.member import Member
 from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
 _LAST_EVALUATION_S = 600.0  # an evaluator may go on for so long after the end of training
+# the last line of a traceback, or a failure of tfdist's command line
+_ERROR = re.compile(r"([\w.]+\.)?[A-Z]\w*(Error|Exception|Exit|Lost|InUse)\b|tfdist: ")
+_LONGEST_ERROR = 300
 _END_GRACE_S = 4.0  # from the first supervisor's end to the last one's, then they are killed
 
 
@@ -82,7 +86,9 @@ class Launcher:
 
     def _on_signal(self) -> None:
         if not self.stopping:
-            _say("stopping: every process saves the same step (once more: stop at once)")
+            _say(
+                "stopping: every process ends after the same step, saved where that was asked for (once more: stop at once)"
+            )
         for member in self.members:
             member.signal(signal.SIGTERM)  # a supervisor's second one kills
         self.stopping = True
@@ -169,7 +175,15 @@ class Failure:
     def show(self, final: bool) -> None:
         if self.last_lines and final:
             print(f"--- the last lines of {self.task} ---", *self.last_lines, "---", sep="\n", file=sys.stderr)
-        _say(self.message + ("" if "exit code" in self.message else f" (exit code {self.exit_code})"))
+        if "exit code" not in self.message:
+            _say(f"{self.message} (exit code {self.exit_code})")
+        else:
+            _say(": ".join([self.message, *self._error()]))
+
+    def _error(self) -> list[str]:
+        """What the program said last of an error, if it did."""
+        said = [line for line in self.last_lines if _ERROR.match(line) and self.message not in line]
+        return [said[-1].removeprefix("tfdist: ")[:_LONGEST_ERROR]] if said else []
 
 
 def _cause(members: list[Member]) -> Failure:

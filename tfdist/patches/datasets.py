@@ -19,6 +19,19 @@ def shuffles_without_seed(dataset: tf.data.Dataset) -> bool:
     return "Shuffle" in type(dataset).__name__ and not any(seeds)
 
 
+def calls_python(dataset: tf.data.Dataset) -> bool:
+    """Of one found by `upstream`: whether its functions, or functions inside of these, run Python.
+
+    What: `Dataset._functions`. Why: no public way to its graph that does not copy its data. Versions: TensorFlow 2.19-2.21.
+    """
+    for function in dataset._functions():
+        graph = function.function.graph.as_graph_def()
+        of_library = [node for one in graph.library.function for node in one.node_def]
+        if any("PyFunc" in node.op for node in (*graph.node, *of_library)):
+            return True
+    return False
+
+
 def mapped_file(path: str, dtype: tf.DType, size: int) -> tf.Tensor:
     """A file as a tensor [size], mapped and not read: taking a slice reads that slice. For graphs.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -25,6 +26,16 @@ def plain(value) -> list[tf.Variable]:
     while any(hasattr(one, "_v") for one in found):
         found = [getattr(one, "_v", one) for one in found]
     return found
+
+
+def parts_are_arrays() -> None:
+    """From now on NumPy takes a variable that is cut for its whole value.
+
+    What: `ShardedVariable.__array__`. Why: Keras saves models and weights through it. Versions: TensorFlow 2.19-2.21.
+    """
+    from tensorflow.python.distribute.sharded_variable import ShardedVariable
+
+    ShardedVariable.__array__ = lambda self, dtype=None: np.asarray(self.numpy(), dtype)
 
 
 def whole(variable: keras.Variable) -> tf.Tensor:

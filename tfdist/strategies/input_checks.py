@@ -4,7 +4,7 @@ import tensorflow as tf
 from absl import logging
 
 from tfdist.errors import UserError
-from tfdist.patches.datasets import shuffles_without_seed, upstream
+from tfdist.patches.datasets import calls_python, shuffles_without_seed, upstream
 from tfdist.strategies.base import InputContext
 
 
@@ -31,6 +31,16 @@ def check_shapes(dataset: tf.data.Dataset) -> None:
         raise UserError(
             f"expected elements whose shapes are all known, found {unknown[0].shape}; use .batch(n, drop_remainder=True), "
             "padded_batch with padded_shapes, or tf.ensure_shape"
+        )
+
+
+def check_runs_elsewhere(dataset: tf.data.Dataset) -> None:
+    """Raises `UserError` for one that calls Python, where pipelines run in other processes than the program."""
+    if any(calls_python(one) for one, _ in upstream(dataset)):
+        raise UserError(
+            "dataset_fn: expected TensorFlow operations alone under parameter servers, whose workers run the pipeline, "
+            "found a call of Python (from_generator, py_function, numpy_function); read files with tf.data, or use Keras "
+            "`fit`, for which the chief reads"
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tfdist.cluster import preflight, resolve
 from tfdist.cluster.link import supervisor
@@ -71,6 +72,7 @@ class ParameterServer:
         self.tf_strategy = _connect(
             cluster, self._partitioner(partitioner, min_shard_bytes, max_shard_bytes, num_shards), start_timeout_s
         )
+        servers.parts_are_arrays()
         self._bytes_on = [0] * self.num_servers
         self._stop = threading.Event()
         self._steps_done = 0
@@ -318,12 +320,22 @@ def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distri
     """Blocks until all workers and servers serve."""
     if not supervisor().is_there:
         preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
-    tf.get_logger().setLevel("WARNING")  # it says its whole configuration
     members = {job: addresses for job, addresses in cluster.jobs().items() if job != "evaluator"}
-    with devices.joining("tfdist.ParameterServer"):
+    with devices.joining("tfdist.ParameterServer"), _warnings_alone():  # it says its whole configuration
         return tf.distribute.experimental.ParameterServerStrategy(
             tf.distribute.cluster_resolver.SimpleClusterResolver(
                 tf.train.ClusterSpec(members), task_type="chief", task_id=0, rpc_layer="grpc"
             ),
             variable_partitioner=partitioner,
         )
+
+
+@contextlib.contextmanager
+def _warnings_alone():
+    verbosity = logging.get_verbosity()
+    tf.get_logger().setLevel("WARNING")
+    logging.set_verbosity(min(verbosity, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -58,6 +58,7 @@ class ServerInput:
         context = self._context(0, start_step)
         dataset = dataset_fn(context)
         input_checks.check_order(dataset, context)
+        input_checks.check_runs_elsewhere(dataset)
         self.by_number = context.steps_were_read
         if start_step and not context.start_step_was_read:
             logging.info("dataset_fn does not use start_step: workers read and drop the first %d batches", start_step)

@@ -142,6 +142,9 @@ class Trainer:
         self._refuse_averages("train")
         with StopRequest(self.strategy.request_stop).installed() as stop:
             self.strategy.request_stop(False)  # one that came too late for the run before
+            for writer in self.writers:
+                if isinstance(writer, Terminal):  # it says less than is logged, but the last step
+                    writer.num_steps = whole_run or num_steps
             if self.step < num_steps:
                 iterator = self.strategy.distribute(
                     dataset_fn, accumulate_steps=self.accumulate_steps, start_step=self.step, num_steps=num_steps - self.step

@@ -1,6 +1,8 @@
-"""What parameter servers refuse, and in which words: one program of a cluster of 1 worker and 2 servers."""
+"""What parameter servers refuse, and in which words; and that Keras saves models that are in parts. One program of a cluster
+of 1 worker and 2 servers; argument: a folder."""
 
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -11,13 +13,14 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.errors import UserError
+from tfdist.patches import servers
 
 
 def refused(message: str):
     return pytest.raises(UserError, match=message)
 
 
-def main() -> None:
+def main(folder: str) -> None:
     strategy = tfdist.ParameterServer(partitioner="fixed", num_shards=2)
 
     def trainer(optimizer, gradients_per_update: int = 1, **layer):
@@ -43,6 +46,24 @@ def main() -> None:
     with refused("gradients_per_update: expected 1 for a model whose layers keep statistics"):
         trainer(keras.optimizers.SGD, gradients_per_update=2)
 
+    def rows():
+        yield from ([(np.ones(4, "float32"), np.float32(1))] * 8)
+
+    spec = (tf.TensorSpec([4], tf.float32), tf.TensorSpec([], tf.float32))
+
+    def generated(context):
+        return tf.data.Dataset.from_generator(rows, output_signature=spec).batch(4).repeat()
+
+    def mapped(context):
+        def label(i):
+            return tf.numpy_function(lambda i: i.astype("float32"), [i], tf.float32)
+
+        return tf.data.Dataset.range(8).batch(4).map(lambda i: (tf.ones([4, 4]), tf.ensure_shape(label(i), [4])))
+
+    for dataset_fn in (generated, mapped):
+        with refused("expected TensorFlow operations alone under parameter servers.*found a call of Python"):
+            trainer(lambda: keras.optimizers.SGD(0.1)).train(dataset_fn, 2)
+
     x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
     with strategy.scope():
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
@@ -57,8 +78,27 @@ def main() -> None:
     with refused("expected no gradient_accumulation_steps under parameter servers, found 2"):
         accumulating.fit(x, y, steps_per_epoch=1, verbose=0)
     assert len(model.fit(x, y, batch_size=4, steps_per_epoch=2, verbose=0).history["loss"]) == 1
+    assert_saved_and_loaded(model, folder)
     print("all is well")
 
 
+def assert_saved_and_loaded(model, folder: str) -> None:
+    """By `fit` and by hand; loaded in one process, and back into the servers."""
+    saved, weights = os.path.join(folder, "model.keras"), os.path.join(folder, "model.weights.h5")
+    x, y = np.random.default_rng(0).normal(size=(8, 4)).astype("float32"), np.ones((8, 1), "float32")
+    model.fit(x, y, batch_size=4, steps_per_epoch=2, verbose=0, callbacks=[keras.callbacks.ModelCheckpoint(saved)])
+    expected = [variable.numpy() for variable in model.weights]
+    assert len(servers.components(model.weights[0])) == 2
+    for found in (keras.models.load_model(saved).weights, model.weights):
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(one, other.numpy())
+    model.save_weights(weights)
+    model.fit(x, y, batch_size=4, steps_per_epoch=2, verbose=0)
+    assert (model.weights[0].numpy() != expected[0]).any()
+    model.load_weights(weights)
+    for one, other in zip(expected, model.weights, strict=True):
+        np.testing.assert_array_equal(one, other.numpy())
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
