@@ -10,10 +10,10 @@ demo: $(INSTALLED)  ## train a language model of Python source code, and show th
 	$(BIN)/tfdist launch --workers=2 -- train --config=configs/lm_tiny.py --workdir=runs/demo
 
 test: $(INSTALLED)  ## the tests, in minutes
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=10
 
 test-all: $(INSTALLED)  ## what `make test` leaves out: the whole matrix of strategies and features, the long faults
-	$(BIN)/python -m pytest -q --slow -m slow
+	$(BIN)/python -m pytest -q --slow -m slow --durations=25
 
 test-versions: $(OLDEST)/.installed  ## fit and what it replaces in Keras, at the other end of the supported versions
 	$(OLDEST)/bin/python -m pytest -q --slow tests/test_upstream.py tests/test_fit.py tests/test_fit_checkpoint.py \

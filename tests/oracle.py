@@ -3,6 +3,7 @@
 import functools
 import math
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,8 +60,9 @@ def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...], program
             launch = ["-m", "tfdist.cli", "launch", f"--workers={workers}", f"--ps={servers}", f"--log_dir={folder}"]
             program = [*launch, "--", "python", *program]
         done = run(program, limit_s=600)
-        if done.returncode != 0:
-            return done.stderr[-4000:]
+        if done.returncode != 0:  # with the stacks of a process that was frozen or stuck, which its log alone has
+            logs = [path.read_text(errors="replace") for path in sorted(Path(folder).glob("*.log"))]
+            return done.stderr[-4000:] + "".join(log[-6000:] for log in logs if "most recent call first" in log)
         workers = []
         for path in sorted(Path(folder).glob("results.npz.*")):
             with np.load(path) as arrays:
@@ -71,6 +73,19 @@ def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...], program
         elif key.endswith("|eval"):
             assert all((worker[key] == workers[0][key]).all() for worker in workers), "every worker has the same evaluation"
     return workers[0]
+
+
+def run_two_at_a_time(keys: Iterable[tuple]) -> None:
+    """`results` of each, for those who ask later. Of runs of one process each, which leaves a core idle."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda key: _results_or_error(*key), dict.fromkeys(keys)))
+
+
+def columns_of(session, module) -> list[tuple[str, str]]:
+    """The columns of the matrix that `test_every_cell` of a module is about to go through and that are one process each."""
+    items = [item for item in session.items if item.module is module and item.originalname == "test_every_cell"]
+    found = dict.fromkeys((item.callspec.params["strategy"], item.callspec.params["dtype"]) for item in items)
+    return [column for column in found if column[0].partition(":")[0] in ("one_device", "mirrored")]
 
 
 def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tuple[str, ...] = ()) -> None:

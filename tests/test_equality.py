@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cells import CELLS
 from conftest import STRATEGIES
-from oracle import assert_equal_to_one_device, cells_of, results
+from oracle import assert_equal_to_one_device, cells_of, columns_of, results, run_two_at_a_time
 
 # a cross-section for the ordinary test run; all cells on all columns are slow
 TWO_REPLICAS = (
@@ -65,9 +65,17 @@ COLUMNS = [(s, d) for s in STRATEGIES for d in DTYPES] + [
 REST = [(s, d, cell) for s, d in COLUMNS for cell in cells_of(s, d)]
 
 
+@pytest.fixture(scope="module")
+def columns_of_one_process(request):
+    columns = columns_of(request.session, request.module)
+    oracles = [("one_device", dtype) for _, dtype in columns]
+    run_two_at_a_time((*column, cells_of(*column), "cells.py") for column in (*oracles, *columns))
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(700)  # the first one of a strategy runs all of its cells
+@pytest.mark.timeout(1200)  # the first one runs all cells of several strategies, or of its own
 @pytest.mark.parametrize(("strategy", "dtype", "cell"), REST)
+@pytest.mark.usefixtures("columns_of_one_process")
 def test_every_cell(strategy, dtype, cell):
     assert_equal_to_one_device(cell, strategy, dtype)
 

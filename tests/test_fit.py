@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from fit_cells import CELLS, ONE_PROCESS, OWN_RANDOMNESS
-from oracle import results
+from oracle import columns_of, results, run_two_at_a_time
 from processes import run
 
 import tfdist
@@ -89,8 +89,16 @@ def test_two_workers(cell):
     assert_equal_to_stock_keras(cell, "multi_worker:2x1", "float64", TWO_WORKERS, QUICK)
 
 
+@pytest.fixture(scope="module")
+def columns_of_one_process(request):
+    columns = columns_of(request.session, request.module)
+    keys = [("stock", dtype, STOCK) for _, dtype in columns] + [(*column, cells_of(*column)) for column in columns]
+    run_two_at_a_time((*key, "fit_cells.py") for key in keys)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("columns_of_one_process")
 @pytest.mark.parametrize(
     ("strategy", "dtype", "cell"), [(*column, cell) for column in COLUMNS for cell in cells_of(*column)]
 )
