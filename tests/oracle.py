@@ -59,7 +59,10 @@ def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...], program
             workers, servers, *_ = shape.split("x")
             launch = ["-m", "tfdist.cli", "launch", f"--workers={workers}", f"--ps={servers}", f"--log_dir={folder}"]
             program = [*launch, "--", "python", *program]
-        done = run(program, limit_s=600)
+        try:
+            done = run(program, limit_s=600)
+        except AssertionError as error:  # killed
+            return str(error)[-4000:]
         if done.returncode != 0:  # with the stacks of a process that was frozen or stuck, which its log alone has
             logs = [path.read_text(errors="replace") for path in sorted(Path(folder).glob("*.log"))]
             return done.stderr[-4000:] + "".join(log[-6000:] for log in logs if "most recent call first" in log)
@@ -67,6 +70,8 @@ def _results_or_error(strategy: str, dtype: str, cells: tuple[str, ...], program
         for path in sorted(Path(folder).glob("results.npz.*")):
             with np.load(path) as arrays:
                 workers.append(dict(arrays))
+        if not workers:
+            return "no results were written"
     for key in workers[0]:
         if "|var/" in key:
             workers[0][key] = np.concatenate([worker[key] for worker in workers])

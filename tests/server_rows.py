@@ -25,7 +25,7 @@ class RateOfUpdate(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def dataset(context):
-    return context.steps(ROWS).map(lambda step: (step[None, None], tf.zeros([1], tf.float64)))
+    return context.steps().map(lambda step: (step[None, None], tf.zeros([1], tf.float64)))
 
 
 def main(workdir: str) -> None:
@@ -37,6 +37,8 @@ def main(workdir: str) -> None:
         optimizer = keras.optimizers.SGD(RateOfUpdate())
     trainer = tfdist.Trainer(strategy, model, optimizer, lambda y, p: p[:, 0, 0] - y)
     trainer.restore(workdir)
+    evaluated = trainer.evaluate(lambda context: dataset(context).take(7))
+    assert evaluated.tokens == 7, "a batch counts once, whoever reads it"
     trainer.train(dataset, ROWS, [tfdist.actions.Log(1), tfdist.actions.Checkpoint(every_steps=0)])
 
 

@@ -217,6 +217,14 @@ def fit_on_parameter_servers(strategy):
 
 
 @shows("parameter_server")
+def saving_sharded_variables(strategy):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    with tempfile.TemporaryDirectory() as folder:
+        return said(lambda: model.save(f"{folder}/model.keras"), "__array__")
+
+
+@shows("parameter_server")
 def sharded_variables(strategy):
     """The gradient of a Keras layer whose variable is a ShardedVariable."""
 

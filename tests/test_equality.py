@@ -73,7 +73,7 @@ def columns_of_one_process(request):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # the first one runs all cells of several strategies, or of its own
+@pytest.mark.timeout(1900)  # the first one runs all cells of several strategies, or of its own
 @pytest.mark.parametrize(("strategy", "dtype", "cell"), REST)
 @pytest.mark.usefixtures("columns_of_one_process")
 def test_every_cell(strategy, dtype, cell):

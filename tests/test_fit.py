@@ -97,7 +97,7 @@ def columns_of_one_process(request):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1900)
 @pytest.mark.usefixtures("columns_of_one_process")
 @pytest.mark.parametrize(
     ("strategy", "dtype", "cell"), [(*column, cell) for column in COLUMNS for cell in cells_of(*column)]

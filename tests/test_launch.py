@@ -88,6 +88,23 @@ def assert_all_gone(members: list[int], limit_s: float) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        ([], ""),
+        (["step 1", "done"], ""),
+        (["Traceback (most recent call last):", "  File x", "my.Problem: not so", "and more", ""], "my.Problem: not so"),
+        (["    ^^^^", "KeyboardInterrupt", "tfdist: chief 0 ended"], "KeyboardInterrupt"),
+        (["Traceback (most recent call last):", "  File x", "KeyError: 1", "", "During handling of the above, another:", "",
+          "Traceback (most recent call last):", "  File y", "ValueError: the cause"], "ValueError: the cause"),
+        (["Traceback (most recent call last):", "  File x", "ValueError: the cause", "Exception ignored in: <A.__del__>",
+          "Traceback (most recent call last):", "  File y", "TypeError: at the end"], "ValueError: the cause"),
+    ],
+)  # fmt: skip
+def test_the_error_that_ended_a_program(lines, error):
+    assert launcher.uncaught_error(lines) == error
+
+
 # ---- a group that ends well ----
 
 

@@ -153,7 +153,11 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
     twice = np.isin(np.arange(counted["step"]), counted["rerun_steps"])
     assert (table[counted["step"] :] == 0).all()
     assert (rates > 0).all() and len(set(rates[~twice])) == (~twice).sum(), "each step its own row, with a rate of its own"
-    assert rates.sum() == np.arange(1.0, counted["updates"] + 1).sum(), "no update is counted that has not come, or twice"
+    # a worker that dies after its update has its number, and before the row is written, leaves that number unused
+    unused = np.arange(1.0, counted["updates"] + 1).sum() - rates.sum()
+    assert 0 <= unused <= len(counted["rerun_steps"]) * counted["updates"], "no update without a number, or with two"
+    if not counted["rerun_steps"]:
+        assert unused == 0
     logged = {row["step"] - 1: row["learning_rate"] for row in rows(tmp_path, "train")}
     assert len(set(logged.values())) == counted["step"]
     assert sorted(logged.values())[-1] <= counted["updates"]

@@ -53,15 +53,17 @@ class Stopped(SystemExit):
 
 def exit_with_codes() -> None:
     """From now on a `Failure` that nobody catches ends this process with its exit code, behind Python's traceback. Python's
-    own code, 1, would say that it was a bug and that starting again may help."""
-    shown = sys.excepthook
-    if hasattr(shown, "exits_with_codes"):
-        return
+    own code, 1, would say that it was a bug."""
+    if not isinstance(sys.excepthook, _ExitWithCode):
+        sys.excepthook = _ExitWithCode(sys.excepthook)
 
-    def show(kind, error, trace):
-        shown(kind, error, trace)
-        if isinstance(error, Failure):
+
+class _ExitWithCode:
+    def __init__(self, show):
+        self._show = show
+
+    def __call__(self, kind, error, trace) -> None:
+        self._show(kind, error, trace)
+        interactive = hasattr(sys, "ps1") or sys.flags.interactive  # there the session goes on
+        if isinstance(error, Failure) and not interactive:
             raise SystemExit(error.exit_code)
-
-    show.exits_with_codes = True
-    sys.excepthook = show

@@ -22,7 +22,7 @@ from tfdist.fit.functions import Steps
 from tfdist.fit.input import Input
 from tfdist.fit.server_functions import ServerSteps
 from tfdist.patches import check_versions, servers
-from tfdist.patches import fit as patches
+from tfdist.patches import fit as fit_patches
 from tfdist.patches.layers import all_layers, batch_norm_put_back
 from tfdist.strategies import base, support
 from tfdist.train.signals import StopRequest
@@ -34,7 +34,7 @@ SAVES = ("save", "save_weights", "export")
 @contextlib.contextmanager
 def models_made_here(strategy: base.Strategy):
     """Inside, each Keras model that is made gets an `Adapter`."""
-    with patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, ("fit", "train_on_batch")):
+    with fit_patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, ("fit", "train_on_batch")):
         yield
 
 
@@ -53,10 +53,10 @@ class InForce:
         with self.lock:
             if not self.depth:
                 for part in (
-                    patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
-                    patches.means_of_replicas(replica.weight_of_mean),
-                    patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
-                    patches.writes_noted(replica.note_written),
+                    fit_patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
+                    fit_patches.means_of_replicas(replica.weight_of_mean),
+                    fit_patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
+                    fit_patches.writes_noted(replica.note_written),
                     batch_norm_put_back(),
                 ):
                     self.stack.enter_context(part)
@@ -102,7 +102,7 @@ class Adapter:
         self.checkpoint: Checkpoint | None = None  # of the `fit` that runs
         self.runs = False
         own = {name: self._in_front_of(name) for name in METHODS} | {name: self._whole(name) for name in SAVES[:2]}
-        patches.own_methods(model, **own, compile=self._compile)
+        fit_patches.own_methods(model, **own, compile=self._compile)
 
     def _in_front_of(self, name: str) -> Callable:
         @functools.wraps(getattr(type(self.model), name))
@@ -124,7 +124,7 @@ class Adapter:
                 raise
             finally:
                 self.runs = False
-                patches.start_at_epoch(self.model, 0)
+                fit_patches.start_at_epoch(self.model, 0)
                 supervisor().phase("build")  # what a program does between its calls has no limit
 
         return method
@@ -135,8 +135,8 @@ class Adapter:
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
         layers = all_layers(self.model)
         with (
-            patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
-            patches.activity_of_replicas(layers, replica.activity_loss),
+            fit_patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
+            fit_patches.activity_of_replicas(layers, replica.activity_loss),
             alone,
         ):
             yield
@@ -166,7 +166,7 @@ class Adapter:
         self.input.batch = call.get("x") if call.name == "predict_on_batch" else None
         if not self.strategy.is_chief:
             nothing = lambda *args, **kwargs: None  # noqa: E731
-            silent = patches.methods_inside(self.model, **dict.fromkeys(SAVES, nothing))
+            silent = fit_patches.methods_inside(self.model, **dict.fromkeys(SAVES, nothing))
         else:
             silent = contextlib.nullcontext()
         with silent:
@@ -188,7 +188,7 @@ class Adapter:
             (self.checkpoint,) = checkpoints
             stop = StopRequest(self.strategy.request_stop)
             try:
-                with stop.installed(), patches.results_of_an_epoch(self.model):
+                with stop.installed(), fit_patches.results_of_an_epoch(self.model):
                     if "train" in self.steps:
                         self.steps["train"].stop = False
                     epochs = call.get("initial_epoch") or 0, call.get("epochs") or 1
@@ -227,7 +227,7 @@ class Adapter:
     def _build(self, stock: Callable, iterator: Any = None, data_batch: Any = None) -> None:
         """Makes the variables of model, metrics and optimizer, from shapes and types alone."""
         scope = self.strategy.scope() if self.strategy.num_servers else contextlib.nullcontext()
-        with patches.strategy_of(self.model, self.strategy.tf_strategy), scope:
+        with fit_patches.strategy_of(self.model, self.strategy.tf_strategy), scope:
             try:
                 stock(data_batch=self.input.symbolic(data_batch))
             except RuntimeError as error:

@@ -3,12 +3,11 @@
 import asyncio
 import dataclasses
 import os
-import re
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tfdist.cluster import ports
@@ -22,9 +21,7 @@ from tfdist.launch.member import Member
 from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
 _LAST_EVALUATION_S = 600.0  # an evaluator may go on for so long after the end of training
-# the last line of a traceback, or a failure of tfdist's command line
-_ERROR = re.compile(r"([\w.]+\.)?[A-Z]\w*(Error|Exception|Exit|Lost|InUse)\b|tfdist: ")
-_LONGEST_ERROR = 300
+_LONGEST_ERROR = 300  # characters
 _END_GRACE_S = 4.0  # from the first supervisor's end to the last one's, then they are killed
 
 
@@ -178,12 +175,24 @@ class Failure:
         if "exit code" not in self.message:
             _say(f"{self.message} (exit code {self.exit_code})")
         else:
-            _say(": ".join([self.message, *self._error()]))
+            error = uncaught_error(self.last_lines)
+            _say(f"{self.message}: {error[:_LONGEST_ERROR]}" if error else self.message)
 
-    def _error(self) -> list[str]:
-        """What the program said last of an error, if it did."""
-        said = [line for line in self.last_lines if _ERROR.match(line) and self.message not in line]
-        return [said[-1].removeprefix("tfdist: ")[:_LONGEST_ERROR]] if said else []
+
+def uncaught_error(lines: Sequence[str]) -> str:
+    """The line that ends the last traceback among the last lines of a program; empty: there is none. Python also shows
+    errors of `__del__`, which end nothing."""
+    error, ignored = "", False
+    in_traceback = bool(lines) and lines[0][:1].isspace()  # of one whose first lines are gone
+    for line in lines:
+        if line.startswith("Exception ignored in"):
+            ignored = True
+        elif line.startswith("Traceback (most recent call last)"):
+            in_traceback = True
+        elif in_traceback and line and not line[0].isspace():
+            error = error if ignored else line
+            in_traceback = ignored = False
+    return error
 
 
 def _cause(members: list[Member]) -> Failure:

@@ -8,10 +8,8 @@ import tensorflow as tf
 
 from tfdist.errors import UserError
 
-VERSIONS = {
-    "Keras": ((3, 10), (3, 15)),
-    "TensorFlow": ((2, 19), (2, 21)),
-}  # which the entries are tested with
+# which the entries are tested with
+VERSIONS = {"Keras": ((3, 10), (3, 15)), "TensorFlow": ((2, 19), (2, 21))}
 
 
 def check_versions(what: str) -> None:

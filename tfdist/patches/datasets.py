@@ -22,13 +22,15 @@ def shuffles_without_seed(dataset: tf.data.Dataset) -> bool:
 def calls_python(dataset: tf.data.Dataset) -> bool:
     """Of one found by `upstream`: whether its functions, or functions inside of these, run Python.
 
-    What: `Dataset._functions`. Why: no public way to its graph that does not copy its data. Versions: TensorFlow 2.19-2.21.
+    What: `Dataset._functions`, `FuncGraph._functions`. Why: the public ways to a dataset's graph copy what it holds.
+    Versions: TensorFlow 2.19-2.21.
     """
-    for function in dataset._functions():
-        graph = function.function.graph.as_graph_def()
-        of_library = [node for one in graph.library.function for node in one.node_def]
-        if any("PyFunc" in node.op for node in (*graph.node, *of_library)):
+    graphs = [function.function.graph for function in dataset._functions()]
+    while graphs:
+        graph = graphs.pop()
+        if any("PyFunc" in operation.type for operation in graph.get_operations()):
             return True
+        graphs += [function.graph for function in graph._functions.values()]
     return False
 
 

@@ -34,13 +34,13 @@ def _index_of(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -
 
 
 @contextlib.contextmanager
-def on_part(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, place: int, scalars: dict[int, Any]):
-    """Inside, a variable and the optimizer's slots are their parts number `place`, and its scalars the given values.
+def on_part(optimizer: keras.optimizers.Optimizer, variable: keras.Variable, place: int, values: dict[int, Any]):
+    """Inside, a variable and the optimizer's slots are their parts number `place`, and its scalars the given `values`.
     Why: Keras' optimizers raise on a ShardedVariable."""
 
     def value(one: keras.Variable):
         parts = components(one)
-        return scalars[id(one)] if id(one) in scalars else parts[min(place, len(parts) - 1)]
+        return values[id(one)] if id(one) in values else parts[min(place, len(parts) - 1)]
 
     with bound([(one, value(one)) for one in (variable, *optimizer.variables)]), _known(optimizer, variable):
         yield

@@ -31,11 +31,16 @@ def plain(value) -> list[tf.Variable]:
 def parts_are_arrays() -> None:
     """From now on NumPy takes a variable that is cut for its whole value.
 
-    What: `ShardedVariable.__array__`. Why: Keras saves models and weights through it. Versions: TensorFlow 2.19-2.21.
+    What: `ShardedVariable.__array__`, which stays: a model is saved long after its scope. Why: Keras saves through it.
+    Versions: TensorFlow 2.19-2.21.
     """
     from tensorflow.python.distribute.sharded_variable import ShardedVariable
 
-    ShardedVariable.__array__ = lambda self, dtype=None: np.asarray(self.numpy(), dtype)
+    def array(self, dtype=None, copy=None):
+        return np.asarray(self.numpy(), dtype)
+
+    if not hasattr(ShardedVariable, "__array__"):
+        ShardedVariable.__array__ = array
 
 
 def whole(variable: keras.Variable) -> tf.Tensor:

@@ -60,8 +60,9 @@ def joining(strategy: str):
             f"expected {strategy} before any other TensorFlow work, found that TensorFlow has already started (a tensor, a "
             "variable or another strategy was made); make the strategy first"
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     supervisor().phase("build")
 
 

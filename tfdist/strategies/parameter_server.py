@@ -332,10 +332,11 @@ def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distri
 
 @contextlib.contextmanager
 def _warnings_alone():
-    verbosity = logging.get_verbosity()
-    tf.get_logger().setLevel("WARNING")
+    verbosity, level = logging.get_verbosity(), tf.get_logger().level
     logging.set_verbosity(min(verbosity, logging.WARNING))
+    tf.get_logger().setLevel(max(level, tf.compat.v1.logging.WARN))
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        tf.get_logger().setLevel(level)

@@ -66,8 +66,8 @@ class ServerInput:
         input_checks.check_length(dataset, start_step, num_steps, whole)
         self._rows = [self._rows_of(part) for part in range(schedule.parts)]
         self.spec = self._lay_out(dataset, 0).element_spec
-        batches = int(dataset.cardinality())
-        self.end = context.end if self.by_number else start_step + batches if batches >= 0 else None
+        batches = int(dataset.cardinality())  # also of steps() with a take(n), of which a worker reads no n of its own
+        self.end = start_step + batches if batches >= 0 else context.end if self.by_number else None
 
     def _context(self, part: int, start_step: int, given=None) -> InputContext:
         return InputContext(part, self.schedule.parts, self.schedule.parts, start_step, given_steps=given)

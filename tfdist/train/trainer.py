@@ -143,7 +143,7 @@ class Trainer:
         with StopRequest(self.strategy.request_stop).installed() as stop:
             self.strategy.request_stop(False)  # one that came too late for the run before
             for writer in self.writers:
-                if isinstance(writer, Terminal):  # it says less than is logged, but the last step
+                if isinstance(writer, Terminal):  # it leaves out rows that come too fast, but never the last one
                     writer.num_steps = whole_run or num_steps
             if self.step < num_steps:
                 iterator = self.strategy.distribute(
