@@ -61,7 +61,7 @@ class Seen:
             self.moved_s = now_s
 
     def at(self) -> str:
-        return f"phase {self.phase}, step {self.step}"
+        return f"phase {self.phase}, step {self.step}" + (", at its exit" if self.exiting else "")
 
 
 @dataclasses.dataclass(frozen=True)
