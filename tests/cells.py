@@ -617,7 +617,7 @@ def make_strategy(name: str):
     if kind == "parameter_server":  # workers x servers, and into how many parts a batch is cut
         REMOTE.append(name)
         parts = int([*count.split("x"), "1"][2])
-        cut = {"partitioner": "max_size", "max_shard_bytes": 64} if parts > 1 else {"min_shard_bytes": 64}
+        cut = {"partitioner": "max_size", "max_shard_bytes": 512} if parts > 1 else {"min_shard_bytes": 64}
         return tfdist.ParameterServer(max_staleness=0, gradients_per_update=parts, **cut)
     if kind == "multi_worker":
         return tfdist.MultiWorkerMirrored(num_devices=int(count.partition("x")[2]))

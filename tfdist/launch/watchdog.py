@@ -61,7 +61,7 @@ class Seen:
             self.moved_s = now_s
 
     def at(self) -> str:
-        return f"phase {self.phase}, step {self.step}" + (", at its exit" if self.exiting else "")
+        return f"phase {self.phase}, step {self.step}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,8 @@ def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ve
         # TensorFlow holds Python's lock until all members have come: no thread of that process can beat meanwhile
         beat_limit_s = limits.start_timeout_s if seen.phase == "connect" else limits.heartbeat_timeout_s
         if seen.beat_s is not None and now_s - seen.beat_s > beat_limit_s:
-            message = f"{seen.task} is frozen: no heartbeat for {now_s - seen.beat_s:.1f} s ({seen.at()})"
+            where = " at its exit" if seen.exiting else ""
+            message = f"{seen.task} is frozen{where}: no heartbeat for {now_s - seen.beat_s:.1f} s ({seen.at()})"
             return Verdict(WATCHDOG, message, seen.task, step, stacks=True)
         if seen.beat_s is None and seen.suspended and now_s - seen.moved_s > limits.heartbeat_timeout_s:
             return Verdict(WATCHDOG, f"{seen.task} is frozen: its process is stopped", seen.task, step, stacks=True)

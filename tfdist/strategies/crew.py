@@ -135,6 +135,7 @@ class Crew:
                 schedule.finish(task, None)
             except BaseException as error:
                 if not is_loss(error) or self._fails_again(worker, schedule, task):  # the step's own: it would fail anywhere
+                    logging.error("step %d failed on %s (%s)", task.step, worker.name, type(error).__name__)
                     schedule.fail(error)
                     continue
                 if schedule.lost(task):
