@@ -168,7 +168,12 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
 def test_a_lost_server_or_chief_restarts_all_from_the_checkpoint(train, tmp_path, task, number):
     process = launch(2, 2, "--max-restarts=1", *train, f"--workdir={tmp_path}", "--config.train.num_steps=200")
     wait_for_step(tmp_path, 25, process)
-    os.kill(task_pids(process)[task], number)
+    tasks = task_pids(process)
+    os.kill(tasks[task], number)
+    lost_s = time.monotonic()
+    wait_until(lambda: not any(alive(pid) for pid in tasks.values()))
+    limit_s = 2 + (3 if number == signal.SIGSTOP else 0)  # as without servers: the heartbeat has to run out
+    measured(f"{task} is killed or frozen -> group gone", time.monotonic() - lost_s, limit_s)
     done = finish(process, 120)
     assert done.returncode == 0, done.stderr
     assert "restart 1 of 1 of the whole group" in done.stderr and task in done.stderr
