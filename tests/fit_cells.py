@@ -597,6 +597,117 @@ def stock_dropout_differs_between_replicas(bench):
     assert (first != second).any() and 0.2 < (first > 0).mean() < 0.8, (first, second)
 
 
+# ---- tables: which slices of a gradient the replicas have in common ----
+
+ADAPTIVE = {
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.1),
+}
+
+
+class Positions(keras.layers.Layer):
+    """Tokens and positions, as every classic Keras Transformer embeds them."""
+
+    def __init__(self, length: int, **options):
+        super().__init__()
+        self.tokens, self.positions = keras.layers.Embedding(9, 4, **options), keras.layers.Embedding(length, 4)
+
+    def call(self, x):
+        return self.tokens(x) + self.positions(keras.ops.arange(0, keras.ops.shape(x)[-1], 1))
+
+
+class UsedBothWays(keras.layers.Layer):
+    """One table for the tokens and for the positions, by position and by token; one more of them without any batch."""
+
+    def build(self, _):
+        self.table = self.add_weight(shape=(9, 4), initializer="uniform", name="table")
+
+    def call(self, x):
+        length = keras.ops.shape(x)[1]
+        positions = keras.ops.tile(keras.ops.arange(length)[None], [keras.ops.shape(x)[0], 1])
+        found = keras.ops.take(self.table, x, axis=0) + keras.ops.take(self.table, keras.ops.arange(length), axis=0)
+        return found * tf.gather(self.table, positions) + tf.nn.embedding_lookup(self.table.value, [2, 2, 1])[0]
+
+
+def _tables(bench, layer, rows, *, optimizers=ADAPTIVE, length=5, **options):
+    for name in optimizers:
+        with bench.scope():
+            tokens = keras.Input((length,), dtype="int32")
+            hidden = keras.layers.GlobalAveragePooling1D()(layer()(tokens))
+            model = keras.Model(tokens, keras.layers.Dense(1)(hidden), name=f"{name}")
+            model.compile(ADAPTIVE[name](), "mse", **options)
+        bench.fit(model, *rows, batch_size=4)
+
+
+@cell
+def positions_that_each_replica_looks_up(bench):
+    """In the last batch one replica has no row."""
+    x, y = bench.rng.integers(0, 9, (9, 5)).astype("int32"), bench.normal(9, 1)
+    _tables(bench, lambda: Positions(5), (x, y))
+
+
+@cell
+def tokens_that_repeat_and_rows_that_are_equal_by_chance(bench):
+    x, y = bench.rng.integers(0, 3, (9, 5)).astype("int32"), bench.normal(9, 1)
+    x[1::2] = x[0]
+    _tables(bench, lambda: keras.layers.Embedding(9, 4), (x, y))
+
+
+@cell
+def one_table_used_both_ways(bench):
+    x, y = bench.rng.integers(0, 9, (11, 5)).astype("int32"), bench.normal(11, 1)
+    _tables(bench, UsedBothWays, (x, y))
+    with bench.scope():
+        tokens = keras.Input((None,), dtype="int32")  # of a length that each batch has for its own
+        hidden = keras.layers.GlobalAveragePooling1D()(UsedBothWays()(tokens))
+        model = keras.Model(tokens, keras.layers.Dense(1)(hidden), name="ragged")
+        model.compile("adam", "mse")
+    lengths = [5, 3, 2, 7, 4, 1, 6]
+    rows = tf.data.Dataset.from_generator(
+        lambda: ((x[i % 11, :n] if n < 6 else np.resize(x, n), y[i]) for i, n in enumerate(lengths)),
+        output_signature=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([1], bench.dtype)),
+    )
+    bench.fit(model, rows.padded_batch(3))
+    with bench.scope():  # of batches of one size, where ids that repeat for each row are constants
+        tokens = keras.Input((5,), dtype="int32")
+        hidden = keras.layers.GlobalAveragePooling1D()(UsedBothWays()(tokens))
+        model = keras.Model(tokens, keras.layers.Dense(1)(hidden), name="known")
+        model.compile("adam", "mse")
+    bench.fit(model, tf.data.Dataset.from_tensor_slices((x, y)).batch(4, drop_remainder=True))
+
+
+@cell
+def tables_compiled_by_xla_or_run_eagerly(bench):
+    x, y = bench.rng.integers(0, 9, (11, 5)).astype("int32"), bench.normal(11, 1)
+    _tables(bench, lambda: Positions(5), (x, y), optimizers=["adam"], jit_compile=True)
+    _tables(bench, lambda: Positions(5), (x, y), optimizers=["rmsprop"], run_eagerly=True)
+    _tables(bench, UsedBothWays, (x, y), optimizers=["adagrad"], jit_compile=True)
+
+
+@cell
+def tables_looked_up_in_a_function_and_by_sparse_ids(bench):
+    """A call that a user has made a tf.function; ids that are made unique before the look-up."""
+
+    class Function(UsedBothWays):
+        @tf.function
+        def call(self, x):
+            return keras.ops.take(self.table, x, axis=0) + keras.ops.take(self.table, keras.ops.arange(x.shape[1]), axis=0)
+
+    class Sparse(keras.layers.Layer):
+        def build(self, _):
+            self.table = self.add_weight(shape=(9, 4), initializer="uniform", name="table")
+
+        def call(self, x):
+            ids = tf.sparse.from_dense(x)
+            return tf.nn.embedding_lookup_sparse(self.table.value, ids, None, combiner="sum")[:, None]
+
+    x, y = bench.rng.integers(1, 9, (11, 5)).astype("int32"), bench.normal(11, 1)
+    _tables(bench, Function, (x, y), optimizers=["adam"])
+    _tables(bench, Sparse, (x, y), optimizers=["adagrad"])
+
+
 def make_strategy(name: str):
     import tfdist
 

@@ -12,7 +12,7 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError, UserError
 from tfdist.fit.input import Input
-from tfdist.fit.replica import Communicates, Replica
+from tfdist.fit.replica import Communicates, Replica, RowsAreKnown, Update
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches.fit import is_stock, quirks
 from tfdist.patches.layers import ComponentVariables, all_layers, state_of_layers
@@ -38,11 +38,14 @@ class Steps:
         self.tf_strategy = strategy.tf_strategy
         self.quirks = quirks()
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
+        self.metrics_of_model = list(model.metrics)
         self.metrics = _each_once(model.metrics_variables)
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics), state.layer_seeds(model)
         self._bind()
         self.stop: Any = False  # see stop_requested
         self.done = 0  # steps
+        self.plan: list[list[Update]] | None = None  # see _plan
+        self.planned = strategy.num_replicas == 1  # whether a step that runs eagerly has tried to make one
         self.logged: list[str] = []  # by the last traced step: names of all logs, and which of them are results of metrics
         self.results: set[str] = set()
 
@@ -68,21 +71,38 @@ class Steps:
         unbuilt = [one for one in optimizers_of(self.model) if not one.built]
         if not unbuilt or is_stock(self.model, "train_step"):
             return
-        updates = []
+        updates = self._updates(element_spec)
+        with self.strategy.scope():
+            for optimizer, variables, _ in updates[0]:
+                if not optimizer.built:
+                    optimizer.build(variables)
+        self._bind()
+
+    def _updates(self, element_spec) -> list[list[Update]]:
+        """What a step would update on each replica of this process, in order: it is traced, not run."""
+        updates: list[list[Update]] = [[] for _ in self.components]
 
         def on_replica(data):
             replica, batch = self._replica(data)
-            replica.updates = updates
+            replica.updates = updates[replica.local]
             with replica.computing():
                 self.model.train_step(batch)
 
         find = tf.function(lambda batch: self._run(on_replica, batch), autograph=False)
         find.get_concrete_function(element_spec)
-        with self.strategy.scope():
-            for optimizer, variables in updates:
-                if not optimizer.built:
-                    optimizer.build(variables)
-        self._bind()
+        return updates
+
+    def _plan(self, element_spec) -> None:
+        """Finds out what the look-ups of a step have in common on several replicas: see `RowsAreKnown`."""
+        self.plan = self._updates(tf.nest.map_structure(_any_number_of_rows, element_spec))
+
+    def _plan_eager(self, batch) -> None:
+        """The same for a step that runs eagerly, where no graph shows it. What cannot be traced has no plan."""
+        try:
+            self._plan(tf.nest.map_structure(_spec, batch))
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            logging.debug("fit: the step cannot be traced: %s", error)
+        self.planned = True
 
     # ---- what Keras calls ----
 
@@ -99,7 +119,7 @@ class Steps:
 
         def function(data: list):
             with self.strategy.peers():
-                outputs = [self._with_xla_if_possible(one, _as_tensors(element)) for element in data]
+                outputs = [self._called(one, _as_tensors(element)) for element in data]
             return outputs[0] if len(outputs) == 1 else tf.nest.map_structure(lambda *parts: tf.concat(parts, 0), *outputs)
 
         return function
@@ -109,6 +129,8 @@ class Steps:
         num_steps = self.model.steps_per_execution
 
         def one(batch):
+            if self.model.run_eagerly and on_replica == self._train and not self.planned:
+                self._plan_eager(batch)
             return self._first(self._run(on_replica, batch))
 
         def agreed(logs):
@@ -156,7 +178,7 @@ class Steps:
                     self.build_optimizers(tf.nest.map_structure(_spec, argument))
                 supervisor().phase("train" if self.done else "compile", self.done)
                 try:
-                    logs, self.stop = self._with_xla_if_possible(steps, argument)
+                    logs, self.stop = self._called(steps, argument)
                 except tf.errors.OutOfRangeError:
                     raise StopIteration from None
                 except tf.errors.InvalidArgumentError as error:
@@ -175,13 +197,18 @@ class Steps:
             return function
         return tf.function(function, autograph=False, reduce_retracing=True)
 
-    def _with_xla_if_possible(self, function: Callable, argument) -> Any:
+    def _called(self, function: Callable, argument) -> Any:
         try:
             return function(argument)
+        except RowsAreKnown:
+            self._plan(
+                argument.element_spec if isinstance(argument, tf.data.Iterator) else tf.nest.map_structure(_spec, argument)
+            )
+            return self._called(function, argument)
         except Communicates:
             logging.info("fit: the loss or batch normalisation communicates in the middle of a step, which runs without XLA")
             self.jit_compile = False
-            return function(argument)
+            return self._called(function, argument)
 
     def _run(self, on_replica: Callable, batch):
         return self.tf_strategy.run(on_replica, args=(self.input.lay_out(batch),))
@@ -197,9 +224,12 @@ class Steps:
         local = local_replica(self.tf_strategy)
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
-            rows[local], first_rows[local], total, fingerprint, self.quirks,
+            rows[local], first_rows[local], total, fingerprint, self.quirks, self.metrics_of_model,
         )  # fmt: skip
-        return replica, tf.nest.map_structure(_without_optional, parts[local])
+        batch = tf.nest.map_structure(_without_optional, parts[local])
+        replica.begins(batch)
+        replica.plan = None if self.plan is None else self.plan[local]
+        return replica, batch
 
     def _train(self, data):
         replica, batch = self._replica(data)
@@ -222,13 +252,14 @@ class Steps:
 
         def forward_backward(batch):
             updates.clear()
+            replica.begins(batch)
             logs = self.model.train_step(batch)
-            return logs, [gradients for _, gradients, _ in updates]
+            return logs, [gradients for _, _, gradients, _ in updates]
 
         logs, gradients = self._compiled(replica, forward_backward)(batch)
         replica.deferred = None
-        for (apply, _, variables), own in zip(updates, gradients, strict=True):
-            summed = replica.sum_of_gradients(own)
+        for (apply, kinds, _, variables), own in zip(updates, gradients, strict=True):
+            summed = replica.sum_of_gradients(kinds, own)
             replica.reduced = True
             self._compiled(replica, lambda sums, apply=apply, variables=variables: apply(sums, variables))(summed)
             replica.reduced = False
@@ -347,6 +378,15 @@ def _as_tensors(batch):
 
 def _spec(leaf):
     return leaf if leaf is None else tf.type_spec_from_value(leaf)
+
+
+def _any_number_of_rows(spec):
+    if isinstance(spec, tf.TensorSpec) and spec.shape.rank:
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        shape = tf.TensorShape([None, *spec.shape[1:]])
+        return tf.RaggedTensorSpec(shape, spec.dtype, spec.ragged_rank, spec.row_splits_dtype)
+    return tf.SparseTensorSpec([None, *spec.shape[1:]], spec.dtype) if isinstance(spec, tf.SparseTensorSpec) else spec
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:

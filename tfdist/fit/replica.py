@@ -6,11 +6,15 @@ A replica computes on its rows of the global batch. Keras' losses and gradients 
 
 import contextlib
 import contextvars
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from tfdist.errors import UserError
+from tfdist.fit import lookups
 from tfdist.patches.fit import Quirks
 from tfdist.patches.layers import ComponentVariables
 from tfdist.train import batch_norm, step
@@ -23,6 +27,19 @@ class Communicates(Exception):
     """A forward or backward pass that is being compiled needs a sum over the replicas in the middle."""
 
 
+class RowsAreKnown(Exception):
+    """A step looks up ids that are constants in a graph of batches of one size, where what repeats for each row is one too:
+    trace it with an unknown number of rows first, to see which do."""
+
+
+class Update(NamedTuple):
+    """A call of `optimizer.apply` in a step."""
+
+    optimizer: keras.optimizers.Optimizer
+    variables: Any
+    kinds: list[list[lookups.LookUp]]  # of each gradient: what it is made of; empty: it is dense
+
+
 class Replica:
     """Which one computes, on what: made anew whenever a step is traced.
 
@@ -33,6 +50,7 @@ class Replica:
     def __init__(
         self, model: keras.Model, components: ComponentVariables, local: int, index: int, count: int,
         rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor, quirks: Quirks,
+        metrics: Sequence[keras.Metric] = (),
     ):  # fmt: skip
         self.model, self.components, self.quirks = model, components, quirks
         self.local, self.index, self.count = local, index, count
@@ -41,8 +59,13 @@ class Replica:
         self.reduced = False  # the gradients that an optimizer is given are sums over all replicas already
         self.deferred: list | None = None  # updates that wait for that sum: (apply, gradients, variables)
         self.taken: list | None = None  # where to put gradients instead of updating: (optimizer, gradients, variables)
-        self.updates: list | None = None  # where to note what would be updated, instead: (optimizer, variables)
+        self.updates: list[Update] | None = None  # where to note what would be updated, instead
+        self.batch: list[tf.Tensor] = []  # what it was given, in the graph that is being traced
+        self.plan: list[Update] | None = None  # its updates, traced with an unknown number of rows; None: not done yet
+        self.num_updates = 0  # so far
+        self.metrics = metrics
         self._written: set[int] = set()
+        self._written_handles: set[int] = set()
 
     def share(self, dtype) -> tf.Tensor:
         return tf.cast(self.rows / self.total, dtype)
@@ -78,9 +101,57 @@ class Replica:
 
     def note_written(self, variable: keras.Variable) -> None:
         self._written.add(id(variable))
+        self._written_handles.add(id(getattr(variable.value, "handle", None)))
 
     def has_written(self, metric: keras.Metric) -> bool:
         return any(id(variable) in self._written for variable in metric.variables)
+
+    def begins(self, batch) -> None:
+        """A step, or what of it is compiled, begins to be traced on this batch."""
+        self.batch = tf.nest.flatten(batch, expand_composites=True)
+        self.num_updates = 0
+
+    def look_ups(self, gradients: list) -> tuple[list[list[lookups.LookUp]], list]:
+        """Of each gradient: what it is made of, empty for a dense one; and itself, or a list of its slices by look-up."""
+        if not any(isinstance(g, tf.IndexedSlices) for g in gradients):
+            return [[] for _ in gradients], gradients
+        if tf.executing_eagerly():
+            return self._planned_look_ups(gradients)
+        state = {id(v.value.handle) for metric in self.metrics for v in metric.variables}
+        origins = lookups.Origins(self.batch, lambda handle: id(handle) in self._written_handles | state)
+        found = [origins.look_ups(g) if isinstance(g, tf.IndexedSlices) else ([], g) for g in gradients]
+        kinds, parts = [of for of, _ in found], [part for _, part in found]
+        if any(one.kind == lookups.SAME for of in kinds for one in of) and any(
+            leaf.shape[:1].num_elements() for leaf in self.batch
+        ):
+            kinds = [
+                [one._replace(kind=known.kind) for one, known in zip(of, known_of, strict=True)]
+                for of, known_of in zip(kinds, self._planned(), strict=True)
+            ]
+        return kinds, parts
+
+    def _planned(self) -> list[list[lookups.LookUp]]:
+        if self.plan is None:
+            raise RowsAreKnown
+        self.num_updates += 1
+        return self.plan[self.num_updates - 1].kinds
+
+    def _planned_look_ups(self, gradients: list) -> tuple[list[list[lookups.LookUp]], list]:
+        if self.plan is None:
+            raise UserError(
+                "fit: expected a train_step that tf.function can trace, because it looks up tables and runs eagerly on "
+                "several replicas: the graph shows which look-ups they have in common; found one that it cannot; leave out "
+                "run_eagerly"
+            )
+        kinds = [
+            list({one.kind: one for one in of}.values()) for of in self._planned()
+        ]  # in what order they come is not known
+        if any(len(of) > 1 for of in kinds):
+            raise UserError(
+                "fit: expected a table that is looked up in one way, found one that is looked up both for each row of the "
+                "batch and once for all of them, in a step that runs eagerly on several replicas; leave out run_eagerly"
+            )
+        return kinds, [[g] if of else g for g, of in zip(gradients, kinds, strict=True)]
 
     # ---- between the replicas ----
 
@@ -91,18 +162,35 @@ class Replica:
         with self.components.suspended(self.model):
             return step.all_reduce([tf.identity(tensor) for tensor in tensors])
 
-    def sum_of_gradients(self, gradients: list) -> list:
-        """The gradient of the global batch, from each replica's own."""
-        dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
-        sparse = [g for g in gradients if isinstance(g, tf.IndexedSlices)]
+    def sum_of_gradients(self, kinds: list[list[lookups.LookUp]], gradients: list) -> list:
+        """The gradients of the global batch, from each replica's own: see `look_ups`."""
+        each = itertools.chain.from_iterable(of or [None] for of in kinds)
+        flat = list(zip(each, tf.nest.flatten(gradients), strict=True))
+        dense = [g.values if look_up else g for look_up, g in flat if g is not None and _is_summed(look_up)]
+        sparse = [g for look_up, g in flat if not _is_summed(look_up)]
         summed = iter(self.sum([self._weighted(g) for g in dense]) if dense else [])
-        gathered = iter(self._gather([tf.IndexedSlices(self._weighted(g.values), g.indices, g.dense_shape) for g in sparse]))
-        return [None if g is None else next(gathered if isinstance(g, tf.IndexedSlices) else summed) for g in gradients]
+        gathered = iter(self._gather([self._that_count(g) for g in sparse]))
+
+        def total(look_up, gradient):
+            if gradient is None or look_up is None:
+                return None if gradient is None else next(summed)
+            if look_up.kind == lookups.SAME:
+                return tf.IndexedSlices(next(summed), gradient.indices, gradient.dense_shape)
+            slices = next(gathered)
+            return lookups.once_each(slices) if look_up.kind == lookups.UNIQUE else slices
+
+        totals = iter([total(*one) for one in flat])
+        return [lookups.joined([next(totals) for _ in of]) if of else next(totals) for of in kinds]
 
     def _weighted(self, gradient: tf.Tensor) -> tf.Tensor:
         gradient = tf.convert_to_tensor(gradient)
         weighted = gradient * self.share(gradient.dtype)
         return tf.where(self.rows > 0, weighted, tf.zeros_like(gradient))  # without rows it may be anything
+
+    def _that_count(self, slices: tf.IndexedSlices) -> tf.IndexedSlices:
+        """Without rows there are none."""
+        count = tf.where(self.rows > 0, tf.size(slices.indices), 0)
+        return tf.IndexedSlices(self._weighted(slices.values)[:count], slices.indices[:count], slices.dense_shape)
 
     def means(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
         """Over all rows, of what each replica has for its own."""
@@ -117,7 +205,7 @@ class Replica:
             return tf.cast(tf.distribute.get_replica_context().all_gather(sent, axis=0), mine.dtype)
 
     def _gather(self, slices: list[tf.IndexedSlices]) -> list[tf.IndexedSlices]:
-        """All rows that any replica touches: what one device has, in another order."""
+        """Those of all replicas, one after another."""
         if not slices:
             return []
         if self.compiled:
@@ -197,14 +285,20 @@ def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
     if replica.taken is not None:
         return replica.taken.append((optimizer, gradients, variables))
     if replica.updates is not None:
-        return replica.updates.append((optimizer, variables))
+        kinds = replica.look_ups(gradients)[0] if replica.count > 1 else [[] for _ in gradients]
+        return replica.updates.append(Update(optimizer, variables, kinds))
     if replica.count == 1 or replica.reduced:
         return stock(gradients, variables)
+    kinds, gradients = replica.look_ups(gradients)
     if replica.deferred is not None:
-        return replica.deferred.append((stock, gradients, variables))
-    gradients = replica.sum_of_gradients(gradients)
+        return replica.deferred.append((stock, kinds, gradients, variables))
+    gradients = replica.sum_of_gradients(kinds, gradients)
     replica.reduced = True  # an optimizer inside of this one is given sums
     try:
         return stock(gradients, variables)
     finally:
         replica.reduced = False
+
+
+def _is_summed(look_up: lookups.LookUp | None) -> bool:
+    return look_up is None or look_up.kind == lookups.SAME
