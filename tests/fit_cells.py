@@ -708,6 +708,302 @@ def tables_looked_up_in_a_function_and_by_sparse_ids(bench):
     _tables(bench, Sparse, (x, y), optimizers=["adagrad"])
 
 
+# ---- programs in the form that users write: keras.io's examples and TensorFlow's tutorials, at toy size ----
+
+
+@cell
+def text_classification_with_transformer(bench):
+    """The classic block: attention, add and norm, twice."""
+
+    class TransformerBlock(keras.layers.Layer):
+        def __init__(self, embed_dim, num_heads, ff_dim, rate=0.0):
+            super().__init__()
+            self.att = keras.layers.MultiHeadAttention(num_heads=num_heads, key_dim=embed_dim)
+            self.ffn = keras.Sequential([keras.layers.Dense(ff_dim, activation="relu"), keras.layers.Dense(embed_dim)])
+            self.layernorm1 = keras.layers.LayerNormalization(epsilon=1e-6)
+            self.layernorm2 = keras.layers.LayerNormalization(epsilon=1e-6)
+            self.dropout1, self.dropout2 = keras.layers.Dropout(rate), keras.layers.Dropout(rate)
+
+        def call(self, inputs):
+            attended = self.dropout1(self.att(inputs, inputs))
+            out1 = self.layernorm1(inputs + attended)
+            return self.layernorm2(out1 + self.dropout2(self.ffn(out1)))
+
+    with bench.scope():
+        inputs = keras.layers.Input(shape=(6,))
+        x = TransformerBlock(4, 2, 8)(Positions(6)(keras.ops.cast(inputs, "int32")))
+        x = keras.layers.Dropout(0.0)(keras.layers.GlobalAveragePooling1D()(x))
+        model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
+        model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    x, y = bench.rng.integers(0, 9, (23, 6)), bench.rng.integers(0, 2, 23)
+    bench.fit(model, x, y, batch_size=8, validation_data=(x[:5], y[:5]))
+
+
+class VAE(keras.Model):
+    """Without `call`; each log is a result, under a name that is not the metric's."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.total_loss_tracker = keras.metrics.Mean(name="total_loss")
+        self.reconstruction_loss_tracker = keras.metrics.Mean(name="reconstruction_loss")
+        self.kl_loss_tracker = keras.metrics.Mean(name="kl_loss")
+
+    @property
+    def metrics(self):
+        return [self.total_loss_tracker, self.reconstruction_loss_tracker, self.kl_loss_tracker]
+
+    def train_step(self, data):
+        ops = keras.ops
+        with tf.GradientTape() as tape:
+            z_mean, z_log_var = self.encoder(data)
+            z = z_mean + ops.exp(0.5 * z_log_var) * ops.sin(1000 * z_mean)  # in place of random numbers
+            reconstruction = self.decoder(z)
+            reconstruction_loss = ops.mean(ops.sum(keras.losses.binary_crossentropy(data, reconstruction), axis=1))
+            kl_loss = -0.5 * (1 + z_log_var - ops.square(z_mean) - ops.exp(z_log_var))
+            kl_loss = ops.mean(ops.sum(kl_loss, axis=1))
+            total_loss = reconstruction_loss + kl_loss
+        grads = tape.gradient(total_loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(grads, self.trainable_weights, strict=True))
+        self.total_loss_tracker.update_state(total_loss)
+        self.reconstruction_loss_tracker.update_state(reconstruction_loss)
+        self.kl_loss_tracker.update_state(kl_loss)
+        return {
+            "loss": self.total_loss_tracker.result(),
+            "reconstruction_loss": self.reconstruction_loss_tracker.result(),
+            "kl": self.kl_loss_tracker.result(),
+        }
+
+
+@cell
+def variational_autoencoder(bench):
+    with bench.scope():
+        inputs = keras.Input(shape=(4, 4))
+        hidden = keras.layers.Dense(6, activation="relu")(keras.layers.Flatten()(inputs))
+        encoder = keras.Model(inputs, [keras.layers.Dense(2)(hidden), keras.layers.Dense(2)(hidden)])
+        # not built before a step runs
+        decoder = keras.Sequential([keras.layers.Dense(16, activation="sigmoid"), keras.layers.Reshape((4, 4))])
+        vae = VAE(encoder, decoder)
+        vae.compile(optimizer=keras.optimizers.Adam())
+    bench.fit(vae, bench.uniform(13, 4, 4), batch_size=4)
+
+
+@cell
+def logs_computed_from_results(bench):
+    """A perplexity, a result under two names, metrics that `metrics` leaves out, one of them built when first used."""
+
+    class Model(keras.Model):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.tracker, self.other = net, keras.metrics.Mean(name="a"), keras.metrics.Mean(name="b")
+            self.score = keras.metrics.R2Score(name="r2")
+
+        @property
+        def metrics(self):
+            return [self.tracker]
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean(keras.ops.square(self.net(x) - y))
+            self.optimizer.apply(tape.gradient(loss, self.net.trainable_variables), self.net.trainable_variables)
+            self.tracker.update_state(loss)
+            self.other.update_state(keras.ops.abs(y))
+            self.score.update_state(y, self.net(x))
+            result = self.tracker.result()
+            logs = {"loss": result, "same": result, "perplexity": keras.ops.exp(result), "other": self.other.result()}
+            return logs | {"score": self.score.result(), "twice": 2 * self.tracker.result()}
+
+        def test_step(self, data):
+            self.tracker.update_state(keras.ops.mean(self.net(data[0])))
+            return {"raised": keras.ops.exp(self.tracker.result()), "plain": self.tracker.result()}
+
+    for eager in (False, True):
+        with bench.scope():
+            model = Model(dense(bench))
+            model.compile(optimizer=keras.optimizers.SGD(0.1), run_eagerly=eager)
+        x, y = bench.normal(13, 5), bench.normal(13, 1)
+        bench.keep(f"history_{eager}", model.fit(x, y, batch_size=5, verbose=0, epochs=2, validation_data=(x, y)).history)
+
+
+class GAN(keras.Model):
+    def __init__(self, discriminator, generator, latent_dim):
+        super().__init__()
+        self.discriminator, self.generator, self.latent_dim = discriminator, generator, latent_dim
+
+    def compile(self, d_optimizer, g_optimizer, loss_fn):
+        super().compile()
+        self.d_optimizer, self.g_optimizer, self.loss_fn = d_optimizer, g_optimizer, loss_fn
+        self.d_loss_metric, self.g_loss_metric = keras.metrics.Mean(name="d_loss"), keras.metrics.Mean(name="g_loss")
+
+    @property
+    def metrics(self):
+        return [self.d_loss_metric, self.g_loss_metric]
+
+    def train_step(self, real_images):
+        ops = keras.ops
+        batch_size = ops.shape(real_images)[0]
+        random_latent_vectors = ops.sin(1000 * real_images[:, 0, : self.latent_dim])  # in place of random numbers
+        generated_images = self.generator(random_latent_vectors)
+        combined_images = ops.concatenate([generated_images, real_images], axis=0)
+        labels = ops.concatenate([ops.ones((batch_size, 1)), ops.zeros((batch_size, 1))], axis=0)
+        with tf.GradientTape() as tape:
+            predictions = self.discriminator(combined_images)
+            d_loss = self.loss_fn(labels, predictions)
+        grads = tape.gradient(d_loss, self.discriminator.trainable_weights)
+        self.d_optimizer.apply_gradients(zip(grads, self.discriminator.trainable_weights, strict=True))
+        misleading_labels = ops.zeros((batch_size, 1))
+        with tf.GradientTape() as tape:
+            predictions = self.discriminator(self.generator(random_latent_vectors))
+            g_loss = self.loss_fn(misleading_labels, predictions)
+        grads = tape.gradient(g_loss, self.generator.trainable_weights)
+        self.g_optimizer.apply_gradients(zip(grads, self.generator.trainable_weights, strict=True))
+        self.d_loss_metric.update_state(d_loss)
+        self.g_loss_metric.update_state(g_loss)
+        return {"d_loss": self.d_loss_metric.result(), "g_loss": self.g_loss_metric.result()}
+
+
+@cell
+def generative_adversarial_network(bench):
+    with bench.scope():
+        discriminator = keras.Sequential([
+            keras.Input((4, 4)), keras.layers.Flatten(), keras.layers.Dense(5), keras.layers.LeakyReLU(negative_slope=0.2),
+            keras.layers.Dense(1),
+        ])  # fmt: skip
+        generator = keras.Sequential([keras.Input((3,)), keras.layers.Dense(16), keras.layers.Reshape((4, 4))])
+        gan = GAN(discriminator, generator, latent_dim=3)
+        loss = keras.losses.BinaryCrossentropy(from_logits=True)
+        gan.compile(keras.optimizers.Adam(0.003), keras.optimizers.RMSprop(0.003), loss)
+    images = tf.data.Dataset.from_tensor_slices(bench.uniform(13, 4, 4)).batch(4)
+    bench.keep("history", gan.fit(images, epochs=2, verbose=0).history)
+    bench.keep_variables(generator, "generator")
+    bench.keep_variables(discriminator, "discriminator")
+
+
+@cell
+def masked_language_model(bench):
+    """End-to-end BERT as on keras.io: a sparse loss with weights for the masked places, in a train_step of its own."""
+    loss_fn = keras.losses.SparseCategoricalCrossentropy(reduction=None)
+    with bench.scope():
+        loss_tracker = keras.metrics.Mean(name="loss")
+
+    class MaskedLanguageModel(keras.Model):
+        def train_step(self, inputs):
+            features, labels, sample_weight = inputs
+            with tf.GradientTape() as tape:
+                predictions = self(features, training=True)
+                loss = loss_fn(labels, predictions, sample_weight=sample_weight)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            loss_tracker.update_state(loss, sample_weight=sample_weight)
+            return {"loss": loss_tracker.result()}
+
+        @property
+        def metrics(self):
+            return [loss_tracker]
+
+    with bench.scope():
+        inputs = keras.layers.Input((6,), dtype="int64")
+        table = keras.layers.Embedding(9, 4, name="word_embedding")
+        positions = keras.layers.Embedding(6, 4, weights=[np.sin(np.arange(24.0)).reshape(6, 4)], name="position")
+        hidden = table(inputs) + positions(keras.ops.arange(6))
+        attended = keras.layers.MultiHeadAttention(2, 2)(hidden, hidden)
+        hidden = keras.layers.LayerNormalization(epsilon=1e-6)(hidden + attended)
+        outputs = keras.layers.Dense(9, activation="softmax")(hidden)
+        model = MaskedLanguageModel(inputs, outputs, name="masked_bert_model")
+        model.compile(optimizer=keras.optimizers.Adam(learning_rate=0.001))
+    x = bench.rng.integers(1, 9, (13, 6))
+    masked = (bench.uniform(13, 6) < 0.3).astype("int64")
+    data = tf.data.Dataset.from_tensor_slices((np.where(masked, 8, x), x, masked)).batch(4)
+    bench.fit(model, data)
+
+
+@cell
+def sequence_to_sequence(bench):
+    """An LSTM that reads, one that writes, from one-hot characters."""
+    with bench.scope():
+        encoder_inputs, decoder_inputs = keras.Input(shape=(None, 5)), keras.Input(shape=(None, 6))
+        _, state_h, state_c = keras.layers.LSTM(4, return_state=True)(encoder_inputs)
+        decoder = keras.layers.LSTM(4, return_sequences=True, return_state=True)
+        decoder_outputs, _, _ = decoder(decoder_inputs, initial_state=[state_h, state_c])
+        outputs = keras.layers.Dense(6, activation="softmax")(decoder_outputs)
+        model = keras.Model([encoder_inputs, decoder_inputs], outputs)
+        model.compile(optimizer="rmsprop", loss="categorical_crossentropy", metrics=["accuracy"])
+    x, y = np.eye(5)[bench.rng.integers(0, 5, (13, 4))], np.eye(6)[bench.rng.integers(0, 6, (13, 5))]
+    x, y = x.astype(bench.dtype), y.astype(bench.dtype)
+    bench.fit(model, [x, y[:, :-1]], y[:, 1:], batch_size=4, validation_split=0.2)
+
+
+@cell
+def fine_tuning_with_frozen_layers_and_batch_normalization(bench):
+    """Transfer learning: first the new head, then all with a small rate; the batch normalisation stays as it was."""
+    with bench.scope():
+        base = keras.Sequential([
+            keras.Input((6, 6, 1)), keras.layers.Conv2D(3, 3), keras.layers.BatchNormalization(), keras.layers.ReLU(),
+            keras.layers.GlobalAveragePooling2D(),
+        ])  # fmt: skip
+        base.trainable = False
+        inputs = keras.Input(shape=(6, 6, 1))
+        x = keras.layers.Rescaling(scale=1 / 127.5, offset=-1)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(base(x, training=False)))
+        loss = keras.losses.BinaryCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(), loss, metrics=[keras.metrics.BinaryAccuracy()])
+    x, y = 255 * bench.uniform(13, 6, 6, 1), bench.rng.integers(0, 2, (13, 1))
+    bench.fit(model, x, y, batch_size=4, epochs=1)
+    base.trainable = True
+    with bench.scope():
+        model.compile(optimizer="adam", loss=loss, metrics=[keras.metrics.BinaryAccuracy()])
+    model.optimizer.learning_rate = 1e-5
+    bench.keep("second", model.fit(x, y, batch_size=4, epochs=2, verbose=0).history)
+    bench.keep_variables(model, "second")
+
+
+@cell
+def one_of_several_outputs_with_class_weight(bench):
+    with bench.scope():
+        title, body = keras.Input((None,), name="title"), keras.Input((None,), name="body")
+        vectors = [keras.layers.LSTM(3)(keras.layers.Embedding(9, 4)(one)) for one in (title, body)]
+        x = keras.layers.concatenate(vectors)
+        priority = keras.layers.Dense(1, name="priority")(x)
+        model = keras.Model([title, body], {"priority": priority, "department": keras.layers.Dense(3, name="department")(x)})
+        losses = {
+            "priority": keras.losses.BinaryCrossentropy(from_logits=True),
+            "department": keras.losses.CategoricalCrossentropy(from_logits=True),
+        }
+        model.compile(keras.optimizers.RMSprop(1e-3), losses, loss_weights={"priority": 1.0, "department": 0.2})
+        kind = keras.Model([title, body], keras.layers.Dense(3, activation="softmax")(x))
+        kind.compile("adam", "sparse_categorical_crossentropy", weighted_metrics=["accuracy"])
+    x = {"title": bench.rng.integers(0, 9, (13, 4)), "body": bench.rng.integers(0, 9, (13, 5))}
+    department = bench.rng.integers(0, 3, 13)
+    bench.fit(model, x, {"priority": bench.rng.integers(0, 2, (13, 1)), "department": np.eye(3)[department]}, batch_size=4)
+    bench.fit(kind, x, department, batch_size=4, class_weight={0: 1.0, 1: 4.0, 2: 0.5})
+
+
+@cell
+def callbacks_that_read_and_set_the_optimizer(bench):
+    """By `float`, `int`, NumPy and Keras, in the middle of an epoch."""
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            optimizer = self.model.optimizer
+            rate = float(optimizer.learning_rate)
+            seen.append([rate, int(optimizer.iterations), *np.array(self.model.weights[1].value)])
+            optimizer.learning_rate = rate * 0.9
+            keras.ops.convert_to_numpy(optimizer.learning_rate)
+
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append([float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)), *np.asarray(net.weights[1])])
+            self.model.layers[0].bias.assign(np.ones(7))
+
+    with bench.scope():
+        net = dense(bench)
+        net.compile(keras.optimizers.Adam(0.1), "mse")
+    bench.fit(net, bench.normal(13, 5), bench.normal(13, 1), batch_size=4, callbacks=[Watch()])
+    for i, row in enumerate(seen):
+        bench.keep(f"seen/{i}", row)
+
+
 def make_strategy(name: str):
     import tfdist
 

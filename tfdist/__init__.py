@@ -19,15 +19,11 @@ _HOMES = {
     "Config": "tfdist.config",
     "verify": "tfdist.verification.run",
 }
-_STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer", "from_environment")
 _MODULES = {"fit": "tfdist.fit", "actions": "tfdist.train.actions", "models": "tfdist.models", "errors": "tfdist.errors"}
 __all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name: str):
-    if name in _STRATEGIES:
-        importlib.import_module("tfdist.fit")  # a scope is also for Keras `fit`
-        importlib.import_module("tfdist.errors").exit_with_codes()  # a program of the user's own
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:

@@ -18,7 +18,7 @@ from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
 from tfdist.fit import callbacks, replica
 from tfdist.fit.checkpoint import Checkpoint
-from tfdist.fit.functions import Steps
+from tfdist.fit.functions import Steps, metrics_of
 from tfdist.fit.input import Input
 from tfdist.fit.server_functions import ServerSteps
 from tfdist.patches import check_versions, servers
@@ -33,8 +33,10 @@ SAVES = ("save", "save_weights", "export")
 
 @contextlib.contextmanager
 def models_made_here(strategy: base.Strategy):
-    """Inside, each Keras model that is made gets an `Adapter`."""
-    with fit_patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, ("fit", "train_on_batch")):
+    """Inside, each Keras model that is made gets an `Adapter`, and Keras' losses and optimizers that are called by hand do
+    what they do on one device."""
+    made = fit_patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, ("fit", "train_on_batch"))
+    with made, _IN_FORCE:
         yield
 
 
@@ -44,7 +46,8 @@ def _refuse_others(model: keras.Model, name: str) -> None:
 
 
 class InForce:
-    """What is replaced in Keras itself while any model's method runs, in any thread, however deep: once."""
+    """What is replaced in Keras itself inside of a scope, and while any model's method runs, in any thread, however deep:
+    once."""
 
     def __init__(self):
         self.lock, self.depth, self.stack = threading.Lock(), 0, contextlib.ExitStack()
@@ -55,7 +58,8 @@ class InForce:
                 for part in (
                     fit_patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
                     fit_patches.means_of_replicas(replica.weight_of_mean),
-                    fit_patches.updates_of_replicas(replica.in_replica, replica.apply_gradients),
+                    fit_patches.updates_of_replicas(replica.in_replica, replica.apply_gradients, replica.apply_by_hand),
+                    fit_patches.gradients_of_replicas(replica.gradient_of_rows),
                     fit_patches.writes_noted(replica.note_written),
                     batch_norm_put_back(),
                 ):
@@ -131,12 +135,13 @@ class Adapter:
 
     @contextlib.contextmanager
     def _parts(self) -> Iterator[None]:
-        alone = replica.on_servers() if self.strategy.num_servers else contextlib.nullcontext()
+        alone = replica.alone() if self.strategy.num_servers else contextlib.nullcontext()
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
         layers = all_layers(self.model)
         with (
             fit_patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
             fit_patches.activity_of_replicas(layers, replica.activity_loss),
+            fit_patches.results_of_replicas(metrics_of(self.model), replica.metric_result),
             alone,
         ):
             yield
@@ -226,26 +231,51 @@ class Adapter:
 
     def _build(self, stock: Callable, iterator: Any = None, data_batch: Any = None) -> None:
         """Makes the variables of model, metrics and optimizer, from shapes and types alone."""
+        batch = self.input.symbolic(data_batch)
         scope = self.strategy.scope() if self.strategy.num_servers else contextlib.nullcontext()
         with fit_patches.strategy_of(self.model, self.strategy.tf_strategy), scope:
             try:
-                stock(data_batch=self.input.symbolic(data_batch))
+                stock(data_batch=batch)
             except RuntimeError as error:
-                if "Mixing different" not in str(error):
+                if "Unable to automatically build" in str(error):
+                    self._build_by_tracing(batch)
+                elif "Mixing different" in str(error):
+                    raise UserError(
+                        "fit: expected an optimizer made under the strategy's scope (`with strategy.scope():`), found one "
+                        "made outside; make it there, or give compile its name"
+                    ) from error
+                else:
                     raise
-                raise UserError(
-                    "fit: expected an optimizer made under the strategy's scope (`with strategy.scope():`), found one made "
-                    "outside; make it there, or give compile its name"
-                ) from error
         if self.checkpoint is not None and not self.checkpoint.begun:
             self._make("train")
             self.steps["train"].build_optimizers(self.input.spec)
             self.checkpoint.restore(self.model, iterator)
 
+    def _build_by_tracing(self, batch) -> None:
+        """Makes the variables of a model whose steps alone know them: it has no `call`, or one that Keras cannot follow."""
+        spec = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), batch)
+        one = tf.constant(1)
+        first = replica.Replica(
+            self.model,
+            contextlib.nullcontext(),
+            0,
+            0,
+            1,
+            one,
+            tf.constant(0, tf.int64),
+            one,
+            tf.zeros([]),
+            fit_patches.quirks(),
+        )
+        first.updates = []
+        step = tf.function(lambda data: self.model.train_step(data), autograph=False)
+        with self.strategy.scope(), first.computing(), fit_patches.made_by_tracing():
+            step.get_concrete_function(spec)
+
     def _make(self, name: str, force: bool = False) -> Callable:
         function = getattr(self.model, f"{name}_function")
         if function is None or force:
-            if not self.model.built:
+            if not self.model.built and type(self.model).call is not keras.Model.call:
                 with self.strategy.scope():
                     self.model(self.input.symbolic_x())
             kind = ServerSteps if self.strategy.num_servers else Steps
@@ -283,6 +313,3 @@ class Adapter:
             return None
 
         return method
-
-
-base.IN_SCOPE.append(models_made_here)

@@ -12,10 +12,10 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError, UserError
 from tfdist.fit.input import Input
-from tfdist.fit.replica import Communicates, Replica, RowsAreKnown, Update
+from tfdist.fit.replica import Communicates, ComputedFromResults, Replica, RowsAreKnown, Update
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches.fit import is_stock, quirks
-from tfdist.patches.layers import ComponentVariables, all_layers, state_of_layers
+from tfdist.patches.layers import ComponentVariables, all_layers, metrics_of_layers, state_of_layers
 from tfdist.patches.optimizers import batches_applied
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.sync import local_replica
@@ -38,16 +38,16 @@ class Steps:
         self.tf_strategy = strategy.tf_strategy
         self.quirks = quirks()
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
-        self.metrics_of_model = list(model.metrics)
-        self.metrics = _each_once(model.metrics_variables)
+        self.metrics_of_model = metrics_of(model)
+        self.metrics = _each_once([variable for metric in self.metrics_of_model for variable in metric.variables])
+        self.whole_results = bool(model.run_eagerly)  # in a step: see ComputedFromResults, which only a graph shows
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics), state.layer_seeds(model)
         self._bind()
         self.stop: Any = False  # see stop_requested
         self.done = 0  # steps
         self.plan: list[list[Update]] | None = None  # see _plan
         self.planned = strategy.num_replicas == 1  # whether a step that runs eagerly has tried to make one
-        self.logged: list[str] = []  # by the last traced step: names of all logs, and which of them are results of metrics
-        self.results: set[str] = set()
+        self.logged: dict[str, Any] = {}  # by the last traced step: which result of which metric each log is, if it is one
 
     def _bind(self) -> None:
         of_optimizers = [variable for optimizer in optimizers_of(self.model) for variable in optimizer.variables]
@@ -205,6 +205,9 @@ class Steps:
                 argument.element_spec if isinstance(argument, tf.data.Iterator) else tf.nest.map_structure(_spec, argument)
             )
             return self._called(function, argument)
+        except ComputedFromResults:
+            self.whole_results = True
+            return self._called(function, argument)
         except Communicates:
             logging.info("fit: the loss or batch normalisation communicates in the middle of a step, which runs without XLA")
             self.jit_compile = False
@@ -224,7 +227,7 @@ class Steps:
         local = local_replica(self.tf_strategy)
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
-            rows[local], first_rows[local], total, fingerprint, self.quirks, self.metrics_of_model,
+            rows[local], first_rows[local], total, fingerprint, self.quirks, self.metrics_of_model, self.whole_results,
         )  # fmt: skip
         batch = tf.nest.map_structure(_without_optional, parts[local])
         replica.begins(batch)
@@ -240,20 +243,24 @@ class Steps:
                 if replica.count > 1 and self.jit_compile:
                     logs = self._train_in_two(replica, batch)
                 else:
-                    logs = self._compiled(replica, self.model.train_step)(batch)
+                    logs = self._compiled(replica, self._logging(replica, self.model.train_step))(batch)
             return self._logs(replica, logs)
+
+    def _logging(self, replica: Replica, step: Callable) -> Callable:
+        """A step that notes what it logs, where the tensors are those that it has made."""
+        return step if replica.count == 1 else lambda batch: replica.note_logs(step(batch))
 
     def _train_in_two(self, replica: Replica, batch):
         """XLA before and after the reduction of the gradients, which it cannot hold."""
         if not is_stock(self.model, "train_step"):
             logging.log_first_n(logging.INFO, "fit: a train_step of one's own runs without XLA on several replicas", 1)
-            return self.model.train_step(batch)
+            return self._logging(replica, self.model.train_step)(batch)
         updates = replica.deferred = []
 
         def forward_backward(batch):
             updates.clear()
             replica.begins(batch)
-            logs = self.model.train_step(batch)
+            logs = replica.note_logs(self.model.train_step(batch))
             return logs, [gradients for _, _, gradients, _ in updates]
 
         logs, gradients = self._compiled(replica, forward_backward)(batch)
@@ -268,7 +275,7 @@ class Steps:
     def _test(self, data):
         replica, batch = self._replica(data)
         with replica.computing(), self._rows_that_count(replica):
-            return self._logs(replica, self._compiled(replica, self.model.test_step)(batch))
+            return self._logs(replica, self._compiled(replica, self._logging(replica, self.model.test_step))(batch))
 
     def _predict(self, data):
         replica, batch = self._replica(data)
@@ -311,6 +318,7 @@ class Steps:
             return
         written = [*self.metrics, *self.layer_state]
         before = [tf.identity(variable.value) for variable in written]
+        replica.before = {id(variable): value for variable, value in zip(written, before, strict=True)}
         yield
         for variable, value in zip(written, before, strict=True):
             variable.assign(tf.where(replica.rows > 0, variable.value, value))
@@ -338,13 +346,8 @@ class Steps:
         """What is not the result of a metric is the mean over all rows; the results come with `_agree`."""
         if replica.count == 1:
             return logs
-        if not isinstance(logs, dict):
-            logs = {"": logs}
-        for name in [name for name, value in logs.items() if isinstance(value, dict)]:  # as Keras logs them
-            logs = {key: value for key, value in logs.items() if key != name} | logs[name]
-        self.results = {name for metric in self.model.metrics if replica.has_written(metric) for name in _names(metric)}
-        self.logged = list(logs)
-        others = {name: value for name, value in logs.items() if name not in self.results}
+        self.logged = replica.logged
+        others = {name: value for name, value in logs.items() if not self.logged[name]}
         means = replica.means([tf.convert_to_tensor(value) for value in others.values()])
         return dict(zip(others, means, strict=True)) | {_FINGERPRINT: replica.fingerprint}
 
@@ -358,11 +361,15 @@ class Steps:
         with replica.computing():
             zeros = [tf.zeros_like(v.value) for v in self.metrics]
             stop = self._agree_on(replica, self.metrics, zeros, replica.rows, self.strategy.stop_requested())
-            results = {}
-            for metric in self.model.metrics:
-                result = metric.result()
-                results |= result if isinstance(result, dict) else {metric.name: result}
-            logs = {name: results[name] if name in self.results else others[name] for name in self.logged}
+            results = {id(metric): metric.result() for metric, _ in filter(None, self.logged.values())}
+
+            def value(name, of):
+                if of is None:
+                    return others[name]
+                metric, key = of
+                return results[id(metric)] if key is None else results[id(metric)][key]
+
+            logs = {name: value(name, of) for name, of in self.logged.items()}
             logs = tf.nest.map_structure(lambda value: tf.identity(tf.convert_to_tensor(value)), logs)
             for variable in self.metrics if replica.index else ():
                 if variable.aggregation == "sum":
@@ -398,17 +405,17 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     return list({id(one): one for one in found}.values())
 
 
+def metrics_of(model: keras.Model) -> list[keras.Metric]:
+    """Those that Keras knows, and others that the model or a layer inside of it keeps."""
+    return _each_once([*model.metrics, *metrics_of_layers(all_layers(model))])
+
+
 def _written_by_layers(model: keras.Model, metrics: list) -> list[keras.Variable]:
     """What layers keep. Batch normalisation over all replicas writes the same everywhere and is not in it."""
     layers = all_layers(model)
     norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
     agree_already = {id(v) for v in [*metrics, *(v for layer in norms for v in layer.variables)]}
     return [v for v in state_of_layers(layers) if id(v) not in agree_already]
-
-
-def _names(metric) -> list[str]:
-    result = metric.result()
-    return list(result) if isinstance(result, dict) else [metric.name]
 
 
 def _each_once(variables: list) -> list:

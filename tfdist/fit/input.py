@@ -69,8 +69,12 @@ class Input:
         return keras.utils.unpack_x_y_sample_weight(self.symbolic())[0]
 
     def symbolic(self, batch: Any = None) -> Any:
-        """Of a batch, or of what the dataset yields: shapes and types, from which a model can be built."""
-        return tf.nest.map_structure(_symbolic, self.spec if batch is None else batch)
+        """Of a batch, or of what the dataset yields, with the rows of a replica: shapes and types, from which a model can be
+        built."""
+        batch = self.spec if batch is None else batch
+        rows = _known_rows(batch)
+        mine = rows and max(1, self._bound(rows, 1))
+        return tf.nest.map_structure(lambda leaf: _symbolic(leaf, rows, mine), batch)
 
 
 def _num_rows(batch):
@@ -114,7 +118,15 @@ def _maximum(a, b):
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else tf.maximum(a, b)
 
 
-def _symbolic(leaf):
+def _known_rows(batch) -> int | None:
+    """Of a batch or its spec; None where it is not known before a step runs."""
+    shapes = [tf.TensorShape(leaf.shape) for leaf in tf.nest.flatten(batch) if hasattr(leaf, "shape")]
+    return next((shape[0] for shape in shapes if shape.rank), None)
+
+
+def _symbolic(leaf, rows: int | None, mine: int | None):
     if leaf is None or not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return None
-    return keras.KerasTensor(leaf.shape, keras.backend.standardize_dtype(leaf.dtype))
+    shape = list(leaf.shape)
+    shape[:1] = [mine if size == rows else size for size in shape[:1]]
+    return keras.KerasTensor(shape, keras.backend.standardize_dtype(leaf.dtype))

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfdist.errors import UserError
-from tfdist.patches.graphs import Node, is_stateful, source
+from tfdist.patches.graphs import Node, behind, is_stateful, source
 
 SAME, OWN, UNIQUE = "same", "own", "unique"  # how the ids of the replicas relate
 
 _READS = ("ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VarHandleOp", "VariableShape")
+_SHAPES = ("Shape", "ShapeN")
 _GATHERS = ("GatherV2", "ResourceGather")
 _ELEMENTWISE = ("Identity", "Cast", "StopGradient", "AddV2", "Sub", "Mul", "RealDiv", "SelectV2", "Maximum", "Minimum",
                 "Relu", "Tanh", "Sigmoid", "Erf", "Neg", "Sqrt", "Rsqrt", "Square", "BiasAdd")  # fmt: skip
@@ -66,32 +67,21 @@ class Origins:
 
     def depends(self, node: Node) -> bool:
         """Whether it is another one on another replica: by the rows it has, by their number, or by chance."""
-        seen, rest = set(), [source(node)]
-        while rest:
-            node = rest.pop()
-            key = id(node.tensor), node.calls
-            if key in seen:
-                continue
-            seen.add(key)
-            op = node.op
-            if id(node.tensor) in self.batch:
-                return True
-            if op is None:
-                if node.tensor.dtype == tf.resource and self.differs(node.tensor):
-                    return True
-            elif op.type == "StridedSlice" and _makes(_unchanged(node.inputs()[0]), "Shape"):
-                of, dim = _one_dim(node)
-                if tf.get_static_value(node.tensor) is None and self._counts_rows(of, dim):
-                    return True
-            elif op.type in ("Shape", "ShapeN"):
-                of = node.inputs()[node.tensor.value_index]
-                if any(self._counts_rows(of, dim) for dim in _unknown_dims(of.tensor)):
-                    return True
-            elif op.type == "Placeholder" or (is_stateful(op) and op.type not in _READS):
-                return True  # an argument, a random number, the next element of an iterator
-            else:
-                rest += node.inputs()
-        return False
+        return any(self._differs(one) for one in behind(node, _past_shapes))
+
+    def _differs(self, node: Node) -> bool:
+        op = node.op
+        if id(node.tensor) in self.batch:
+            return True
+        if op is None:
+            return node.tensor.dtype == tf.resource and self.differs(node.tensor)
+        if _is_dim(node):
+            return tf.get_static_value(node.tensor) is None and self._counts_rows(*_one_dim(node))
+        if op.type in _SHAPES:
+            of = node.inputs()[node.tensor.value_index]
+            return any(self._counts_rows(of, dim) for dim in _unknown_dims(of.tensor))
+        # an argument, a random number, the next element of an iterator
+        return op.type == "Placeholder" or (is_stateful(op) and op.type not in _READS)
 
     def _counts_rows(self, node: Node, dim: int | None) -> bool:
         """Whether a dim that is known only when the step runs counts rows of the batch. dim None: any of its dims."""
@@ -155,6 +145,16 @@ def _unchanged(node: Node) -> Node:
             break
         node = first
     return node
+
+
+def _past_shapes(node: Node) -> list[Node]:
+    """What a node takes, but the tensors whose shape it is."""
+    return [] if _makes(node, *_SHAPES) or _is_dim(node) else node.inputs()
+
+
+def _is_dim(node: Node) -> bool:
+    """Whether it is `tf.shape(tensor)[...]`."""
+    return _makes(node, "StridedSlice") and _makes(_unchanged(node.inputs()[0]), "Shape")
 
 
 def _makes(node: Node, *types: str) -> bool:

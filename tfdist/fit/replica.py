@@ -15,12 +15,15 @@ import tensorflow as tf
 
 from tfdist.errors import UserError
 from tfdist.fit import lookups
+from tfdist.patches import graphs, servers
 from tfdist.patches.fit import Quirks
 from tfdist.patches.layers import ComponentVariables
+from tfdist.patches.server_optimizers import variables_of
+from tfdist.strategies.sync import local_replica
 from tfdist.train import batch_norm, step
 
 _current: contextvars.ContextVar["Replica | None"] = contextvars.ContextVar("replica", default=None)
-_on_servers: contextvars.ContextVar[bool] = contextvars.ContextVar("on servers", default=False)
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
 
 class Communicates(Exception):
@@ -30,6 +33,10 @@ class Communicates(Exception):
 class RowsAreKnown(Exception):
     """A step looks up ids that are constants in a graph of batches of one size, where what repeats for each row is one too:
     trace it with an unknown number of rows first, to see which do."""
+
+
+class ComputedFromResults(Exception):
+    """A step logs what is computed from the result of a metric: it needs that of all replicas while it runs."""
 
 
 class Update(NamedTuple):
@@ -50,7 +57,7 @@ class Replica:
     def __init__(
         self, model: keras.Model, components: ComponentVariables, local: int, index: int, count: int,
         rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor, quirks: Quirks,
-        metrics: Sequence[keras.Metric] = (),
+        metrics: Sequence[keras.Metric] = (), whole_results: bool = False,
     ):  # fmt: skip
         self.model, self.components, self.quirks = model, components, quirks
         self.local, self.index, self.count = local, index, count
@@ -63,9 +70,12 @@ class Replica:
         self.batch: list[tf.Tensor] = []  # what it was given, in the graph that is being traced
         self.plan: list[Update] | None = None  # its updates, traced with an unknown number of rows; None: not done yet
         self.num_updates = 0  # so far
-        self.metrics = metrics
-        self._written: set[int] = set()
-        self._written_handles: set[int] = set()
+        self.metrics, self.whole_results = metrics, whole_results
+        self.results: dict[int, tuple[keras.Metric, str | None, tf.Tensor]] = {}  # of metrics, in this step: by their id
+        self.logged: dict[str, tuple[keras.Metric, str | None] | None] = {}  # each log: which result it is, if it is one
+        self.state_began_with: set[int] = set()
+        self.before: dict[int, tf.Tensor] = {}  # the step: what metrics held, by the id of their variable
+        self._written: dict[int, keras.Variable] = {}
 
     def share(self, dtype) -> tf.Tensor:
         return tf.cast(self.rows / self.total, dtype)
@@ -100,11 +110,46 @@ class Replica:
         return total(tensor)
 
     def note_written(self, variable: keras.Variable) -> None:
-        self._written.add(id(variable))
-        self._written_handles.add(id(getattr(variable.value, "handle", None)))
+        if self.count > 1 and variable.aggregation == "sum" and not self.components.holds(variable):
+            raise UserError(
+                f"fit: expected metrics that a step updates to be attributes of the model, found {variable.path}, which is "
+                "of none; without that several replicas cannot add it up"
+            )
+        self._written[id(variable)] = variable
 
-    def has_written(self, metric: keras.Metric) -> bool:
-        return any(id(variable) in self._written for variable in metric.variables)
+    # ---- metrics and logs ----
+
+    def result(self, stock, metric: keras.Metric):
+        """A metric's result: of this replica, or, with `whole_results`, of all."""
+        result = stock()
+        if self.whole_results:
+            state = [tf.where(self.rows > 0, v.value, self.before.get(id(v), v.value)) for v in metric.variables]
+            with servers.locals_in_place(list(zip(metric.variables, self.sum(state), strict=True))):
+                result = stock()
+        for key, tensor in result.items() if isinstance(result, dict) else [(None, result)]:
+            self.results[id(tensor)] = metric, key, tensor  # which stays alive, and so does its id
+        return result
+
+    def note_logs(self, logs) -> dict[str, Any]:
+        """By name, as Keras logs them; and which of them are results of metrics, whatever their names."""
+        logs = logs if isinstance(logs, dict) else {"": logs}
+        for name in [name for name, value in logs.items() if isinstance(value, dict)]:
+            logs = {key: value for key, value in logs.items() if key != name} | logs[name]
+        found = {name: self.results.get(id(value)) for name, value in logs.items()}
+        self.logged = {name: result and result[:2] for name, result in found.items()}
+        state = set() if self.whole_results else self._metric_state()
+        for name, value in logs.items():
+            if not found[name] and tf.is_tensor(value) and graphs.reads(value, state):
+                raise ComputedFromResults(name)
+        return logs
+
+    def _metric_state(self) -> set[int]:
+        """Ids of what holds it: handles of variables, or, on a worker of parameter servers, the tensors it began with."""
+        return self.state_began_with or {
+            id(getattr(v.value, "handle", v.value)) for metric in self.metrics for v in metric.variables
+        }
+
+    # ---- gradients ----
 
     def begins(self, batch) -> None:
         """A step, or what of it is compiled, begins to be traced on this batch."""
@@ -117,8 +162,8 @@ class Replica:
             return [[] for _ in gradients], gradients
         if tf.executing_eagerly():
             return self._planned_look_ups(gradients)
-        state = {id(v.value.handle) for metric in self.metrics for v in metric.variables}
-        origins = lookups.Origins(self.batch, lambda handle: id(handle) in self._written_handles | state)
+        own = {id(v.value.handle) for v in self._written.values()} | self._metric_state()
+        origins = lookups.Origins(self.batch, lambda handle: id(handle) in own)
         found = [origins.look_ups(g) if isinstance(g, tf.IndexedSlices) else ([], g) for g in gradients]
         kinds, parts = [of for of, _ in found], [part for _, part in found]
         if any(one.kind == lookups.SAME for of in kinds for one in of) and any(
@@ -218,17 +263,17 @@ class Replica:
 
 
 def in_replica() -> bool:
-    return _current.get() is not None or _on_servers.get()
+    return _current.get() is not None or _alone.get()
 
 
 @contextlib.contextmanager
-def on_servers():
-    """Inside, also the chief's own calls leave TensorFlow's strategy out: its updates cannot take a variable in parts."""
-    token = _on_servers.set(True)
+def alone():
+    """Inside, Keras leaves TensorFlow's strategy out: it updates variables where they are, and reduces nothing."""
+    token = _alone.set(True)
     try:
         yield
     finally:
-        _on_servers.reset(token)
+        _alone.reset(token)
 
 
 def _several() -> Replica | None:
@@ -271,6 +316,11 @@ def note_written(variable: keras.Variable) -> None:
         replica.note_written(variable)
 
 
+def metric_result(stock, metric: keras.Metric):
+    replica = _current.get()
+    return stock() if replica is None else replica.result(stock, metric)
+
+
 def weight_of_mean(values, sample_weight):
     """One number that stands for a replica's rows counts by its share, and the numbers of all replicas count once."""
     replica = _several()
@@ -282,6 +332,8 @@ def weight_of_mean(values, sample_weight):
 def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
     """Reduces first: what clips, accumulates, checks and updates then does the same on every replica."""
     replica = _current.get()
+    if replica is None:
+        return stock(gradients, variables)
     if replica.taken is not None:
         return replica.taken.append((optimizer, gradients, variables))
     if replica.updates is not None:
@@ -298,6 +350,36 @@ def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
         return stock(gradients, variables)
     finally:
         replica.reduced = False
+
+
+def apply_by_hand(stock, optimizer, gradients: list, variables) -> None:
+    """An update in the scope of a strategy, outside of a step: the same on every replica, with these gradients."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        with alone():
+            stock(gradients, variables)
+        return
+    variables = variables_of(optimizer) if variables is None else list(variables)
+    if not optimizer.built:
+        optimizer.build(variables)
+
+    def on_replica(gradients):
+        local = local_replica(strategy)
+        with alone(), ComponentVariables(strategy, [*variables, *optimizer.variables], local):
+            stock(gradients, variables)
+
+    strategy.run(on_replica, args=(gradients,))
+
+
+def gradient_of_rows(target: tf.Tensor) -> tf.Tensor | None:
+    """The weight of a loss of each row, which makes its sum over this replica's rows the mean that gradients are taken for.
+    None for one that is not of rows: a number, or a number for each task."""
+    replica = _several()
+    if replica is None or not target.shape.rank or target.shape.rank is None:
+        return None
+    known = {leaf.shape[0] for leaf in replica.batch if leaf.shape.rank}
+    of_rows = None in target.shape or any(size in known for size in target.shape)
+    return 1 / replica.share(target.dtype) if of_rows else None
 
 
 def _is_summed(look_up: lookups.LookUp | None) -> bool:

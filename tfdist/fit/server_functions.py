@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
-from tfdist.fit.functions import optimizers_of
+from tfdist.fit.functions import metrics_of, optimizers_of
 from tfdist.fit.input import Input
-from tfdist.fit.replica import Replica
+from tfdist.fit.replica import ComputedFromResults, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches import server_optimizers, servers
 from tfdist.patches.fit import quirks
@@ -39,7 +39,7 @@ class ServerSteps:
         self.seed = tf.compat.v1.get_seed(0)[0] or 0
         self.quirks = quirks()
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
-        self.metrics = list({id(v): v for v in model.metrics_variables}.values())
+        self.metrics = list({id(v): v for metric in metrics_of(model) for v in metric.variables}.values())
         self.layer_seeds = state.layer_seeds(model)
         self.layer_state = state_of_layers(all_layers(model))
         self.stop = False  # see stop_requested
@@ -50,7 +50,8 @@ class ServerSteps:
         self.seed_change: list[np.ndarray] | None = None  # by one step
         self.totals: list[np.ndarray] | None = None  # of the metrics, while they are not on the servers
         self.others: dict[str, Any] = {}  # logs that are no results of metrics
-        self.names: list[str] = []
+        self.names: list[str] = []  # theirs
+        self.logged: dict[str, Any] = {}  # all logs: which result of which metric each is, if it is one
         self.begun = self.done = 0  # steps
 
     def stop_requested(self) -> bool:
@@ -189,21 +190,32 @@ class ServerSteps:
 
     def _logs(self) -> dict[str, Any]:
         if self.schedule is None:
-            return self.others | self.model.get_metrics_result()
+            return self._named()
         values = [(variable, tf.constant(total)) for variable, total in zip(self.metrics, self.totals, strict=True)]
         with servers.locals_in_place(values):
-            return self.others | self.model.get_metrics_result()
+            return self._named()
+
+    def _named(self) -> dict[str, Any]:
+        """What a step logs, with the results of metrics as they are now."""
+        results = {id(metric): metric.result() for metric, _ in filter(None, self.logged.values())}
+        logs = {}
+        for name, of in self.logged.items():
+            whole = results[id(of[0])] if of else self.others[name]
+            logs[name] = whole[of[1]] if of and of[1] is not None else whole
+        return logs[""] if list(logs) == [""] else logs
 
     # ---- on a worker ----
 
     def _inside(self, batch, step, seeds, method: str, by_rows: tuple[keras.Variable, ...] = ()):
-        """Runs the model's own method. Returns (its outputs, gradients, changes of metrics and layers, seeds)."""
+        """Runs the model's own method. Returns (its logs, gradients, changes of metrics and layers, seeds)."""
         model = self.model
         pulled = servers.Pulled(model.variables, by_rows)
         count = tf.constant(1)
         replica = Replica(model, pulled, 0, 0, 1, count, tf.constant(0, tf.int64), count, tf.zeros([]), self.quirks)
         replica.taken = []
+        replica.metrics = metrics_of(model)
         zeros = [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in self.metrics]
+        replica.state_began_with = {id(tensor) for _, tensor in zeros}
         given = list(zip(self.layer_seeds, seeds, strict=True))
         with (
             replica.computing(), servers.locals_in_place(zeros + given), servers.pulled_values(),
@@ -212,7 +224,7 @@ class ServerSteps:
             before = [servers.in_place(variable).tensor for variable in self.layer_state]
 
             def run():
-                outputs = getattr(model, method)(batch)
+                outputs = self._noted(replica, getattr(model, method)(batch))
                 gradients = [gradients for _, gradients, _ in replica.taken]
                 own = [
                     [servers.in_place(variable).tensor for variable in of]
@@ -226,8 +238,17 @@ class ServerSteps:
                 (optimizer, own, variables) for (optimizer, _, variables), own in zip(replica.taken, gradients, strict=True)
             ]
             written = list(zip(self.layer_state, before, after, strict=True))
-        results = {name for metric in model.metrics if replica.has_written(metric) for name in _names(metric)}
-        return outputs, updates, sums, written, seeds, results
+        self.logged = replica.logged
+        return outputs, updates, sums, written, seeds
+
+    def _noted(self, replica: Replica, logs) -> dict[str, Any]:
+        try:
+            return replica.note_logs({} if logs is None else logs)
+        except ComputedFromResults as error:
+            raise UserError(
+                f"fit: expected logs that are losses or results of metrics, found {error}, computed from the result of a "
+                "metric, which under parameter servers the chief alone knows; make it a metric of its own"
+            ) from None
 
     def _train(self, batch, step, seeds):
         if self.by_rows is None:
@@ -235,7 +256,7 @@ class ServerSteps:
             self.by_rows = server_step.looked_up_only(tables, lambda: self._inside(batch, step, seeds, "train_step", tables))
         counters = [servers.components(one.iterations)[0] for one in optimizers_of(self.model) if one.built]
         began_at = {counter.device + counter.name: tf.identity(counter) for counter in counters}
-        logs, updates, sums, written, seeds, results = self._inside(batch, step, seeds, "train_step", self.by_rows)
+        logs, updates, sums, written, seeds = self._inside(batch, step, seeds, "train_step", self.by_rows)
         staleness, applied = tf.zeros([], tf.int64), tf.constant(True)
         for optimizer, gradients, variables in updates:
             variables = list(variables if variables is not None else server_optimizers.variables_of(optimizer))
@@ -249,21 +270,20 @@ class ServerSteps:
             applied = applied & ~tf.cast(outputs["skipped"], tf.bool)
         for variable, before, after in written:
             server_updates.add_change(variable, before, after, applied)
-        return sums, self._others(logs, results), seeds, staleness
+        return sums, self._others(logs), seeds, staleness
 
     def _test(self, batch, step, seeds):
-        logs, _, sums, _, seeds, results = self._inside(batch, step, seeds, "test_step")
-        return sums, self._others(logs, results), seeds, tf.zeros([], tf.int64)
+        logs, _, sums, _, seeds = self._inside(batch, step, seeds, "test_step")
+        return sums, self._others(logs), seeds, tf.zeros([], tf.int64)
 
     def _predict(self, batch):
         with servers.Pulled(self.model.variables), servers.pulled_values():
             return self.model.predict_step(batch)
 
-    def _others(self, logs, results: set[str]) -> list[tf.Tensor]:
+    def _others(self, logs: dict[str, Any]) -> list[tf.Tensor]:
         """What a `train_step` of the model's own logs besides the results of metrics: of the last batch that is done."""
-        others = {name: value for name, value in (logs or {}).items() if name not in results and not isinstance(value, dict)}
-        self.names = list(others)
-        return [tf.convert_to_tensor(value) for value in others.values()]
+        self.names = [name for name in logs if not self.logged[name]]
+        return [tf.convert_to_tensor(logs[name]) for name in self.names]
 
 
 def _leaf(leaf):
@@ -286,10 +306,6 @@ def _spec_of_any_size(leaf):
 def _call(function: Callable, batch):
     outputs = fetch(function(batch))
     return here(lambda: tf.nest.map_structure(tf.constant, outputs))
-
-
-def _names(metric) -> list[str]:
-    return list(getattr(metric, "metrics", None) and [one.name for one in metric.metrics] or [metric.name])
 
 
 def _check(optimizer: keras.optimizers.Optimizer, model: keras.Model) -> None:

@@ -96,6 +96,10 @@ def losses_of_replicas(in_replica: Callable[[], bool], reduce: Callable):
     """
     from keras.src.losses import loss as module
 
+    def of_tensorflow() -> bool:
+        """In a replica of `tf.distribute.Strategy.run`, of a loop of the user's own."""
+        return not in_replica() and not tf.distribute.in_cross_replica_context()
+
     stock, scale, unscale = (
         module.reduce_weighted_values,
         module.scale_loss_for_distribution,
@@ -103,8 +107,8 @@ def losses_of_replicas(in_replica: Callable[[], bool], reduce: Callable):
     )
     replacements = {
         "reduce_weighted_values": lambda values, **kwargs: reduce(stock, module.apply_mask, values, **kwargs),
-        "scale_loss_for_distribution": lambda value: value if in_replica() else scale(value),
-        "unscale_loss_for_distribution": lambda value: value if in_replica() else unscale(value),
+        "scale_loss_for_distribution": lambda value: scale(value) if of_tensorflow() else value,
+        "unscale_loss_for_distribution": lambda value: unscale(value) if of_tensorflow() else value,
     }
     with _replaced(module, **replacements):
         yield
@@ -127,9 +131,49 @@ def means_of_replicas(weight: Callable[[Any, Any], Any]):
 
 
 @contextlib.contextmanager
-def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable):
+def results_of_replicas(metrics: list[keras.Metric], result: Callable):
+    """Inside, `metric.result()` of these is `result(stock, metric)`.
+
+    What: `result` of each metric itself. Why: one that a step logs is that of all replicas, whatever it is logged as.
+    Versions: Keras 3.10-3.15.
+    """
+    before = [vars(metric).get("result") for metric in metrics]
+    for metric, own in zip(metrics, before, strict=True):
+        if own is None:  # else of a model around this one
+            vars(metric)["result"] = functools.partial(result, metric.result, metric)
+    try:
+        yield
+    finally:
+        for metric, own in zip(metrics, before, strict=True):
+            if own is None:
+                vars(metric).pop("result", None)
+
+
+@contextlib.contextmanager
+def made_by_tracing():
+    """Inside, a step can be traced outside of a replica for the variables that it makes: they are made at once, and tapes
+    give zeros for gradients.
+
+    What: `keras.Variable._initialize`, `tf.GradientTape.gradient`. Why: a variable that is mirrored cannot be lifted out
+    of a graph, and has no handle for a tape there. Versions: Keras 3.10-3.15, TensorFlow 2.19-2.21.
+    """
+    stock = keras.Variable._initialize
+
+    def initialize(self, value):
+        with tf.init_scope():
+            stock(self, value)
+
+    def gradient(self, target, sources, *args, **kwargs):
+        return tf.nest.map_structure(tf.zeros_like, sources)
+
+    with _replaced(tf.GradientTape, gradient=gradient), _replaced(keras.Variable, _initialize=initialize):
+        yield
+
+
+@contextlib.contextmanager
+def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable, by_hand: Callable):
     """Inside, `optimizer.apply(gradients, variables)` in a replica is `apply(stock, optimizer, gradients, variables)`, and
-    `stock` neither reduces nor leaves the replica.
+    `stock` neither reduces nor leaves the replica. In the scope of a strategy, but not in a replica, it is `by_hand(...)`.
 
     What: `apply` of every Keras optimizer class that defines it; the TensorFlow overrides of weight decay, updates,
     averages and accumulation.
@@ -142,12 +186,13 @@ def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable):
     from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 
     def applied(stock):
-        def chosen(self, grads, trainable_variables=None):
-            if not in_replica():
+        def applied_by(self, grads, trainable_variables=None):
+            if not in_replica() and not tf.distribute.in_cross_replica_context():
                 return stock(self, grads, trainable_variables)
-            return apply(lambda *sums: stock(self, *sums), self, list(grads), trainable_variables)
+            chosen = apply if in_replica() else by_hand
+            return chosen(lambda *sums: stock(self, *sums), self, list(grads), trainable_variables)
 
-        return chosen
+        return applied_by
 
     def local(name):
         override, plain = vars(TFOptimizer)[name], vars(BaseOptimizer)[name]
@@ -171,6 +216,29 @@ def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable):
             stack.enter_context(_replaced(cls, apply=applied(vars(cls)["apply"])))
         stack.enter_context(_replaced(TFOptimizer, **{name: local(name) for name in overrides}))
         stack.enter_context(_replaced(LossScaleOptimizer, _tf_apply=loss_scaled))
+        yield
+
+
+@contextlib.contextmanager
+def gradients_of_replicas(weighted: Callable[[tf.Tensor], tf.Tensor | None]):
+    """Inside, the gradient of a tensor with respect to variables is that of the sum of its entries times `weighted(tensor)`,
+    None: 1.
+
+    What: `tf.GradientTape.gradient`. Why: the gradient of a loss that is not reduced is a sum over rows, where every other
+    one is a mean over them. Versions: TensorFlow 2.19-2.21.
+    """
+    stock = tf.GradientTape.gradient
+
+    def gradient(self, target, sources, output_gradients=None, *args, **kwargs):
+        of_variables = all(isinstance(one, (keras.Variable, tf.Variable)) for one in tf.nest.flatten(sources))
+        if of_variables and tf.is_tensor(target):
+            weight = weighted(target)
+            if weight is not None:
+                given = tf.ones_like(target) if output_gradients is None else output_gradients
+                output_gradients = given * weight
+        return stock(self, target, sources, output_gradients, *args, **kwargs)
+
+    with _replaced(tf.GradientTape, gradient=gradient):
         yield
 
 

@@ -1,5 +1,6 @@
 """Graphs of TensorFlow functions: what made a tensor, across functions."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -19,6 +20,23 @@ class Node(NamedTuple):
     def inputs(self) -> list["Node"]:
         """What the op takes, past calls of functions: see `source`."""
         return [source(Node(tensor, self.calls)) for tensor in self.op.inputs]
+
+
+def behind(node: Node, inputs: Callable[[Node], Iterable[Node]] = Node.inputs) -> Iterator[Node]:
+    """A node and what it is made of, each once; `inputs` says how to go on from one that an op makes."""
+    seen, rest = set(), [source(node)]
+    while rest:
+        node = rest.pop()
+        key = id(node.tensor), node.calls
+        if key not in seen:
+            seen.add(key)
+            yield node
+            rest += inputs(node) if node.op is not None else ()
+
+
+def reads(tensor: tf.Tensor, ids: set[int]) -> bool:
+    """Whether a tensor is made of one of others, which may be handles of variables; given by their `id`."""
+    return bool(ids) and any(id(node.tensor) in ids for node in behind(Node(tensor)))
 
 
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")

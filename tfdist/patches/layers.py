@@ -18,9 +18,12 @@ class ComponentVariables:
     """
 
     def __init__(self, tf_strategy, variables: list[Any], replica: int):
-        self._variables = list(variables)
+        self._variables, self._held = list(variables), {id(variable) for variable in variables}
         self._whole = [variable._value for variable in self._variables]
         self._components = [tf_strategy.experimental_local_results(value)[replica] for value in self._whole]
+
+    def holds(self, variable) -> bool:
+        return id(variable) in self._held
 
     def __enter__(self):
         for variable, value in zip(self._variables, self._components, strict=True):
@@ -110,6 +113,12 @@ def state_of_layers(layers: list[keras.Layer]) -> list[keras.Variable]:
     """
     found = {id(v): v for layer in layers for v in layer._non_trainable_variables}
     return list(found.values())
+
+
+def metrics_of_layers(layers: list[keras.Layer]) -> list[keras.Metric]:
+    """Metrics that are attributes of layers. What: `Layer._metrics`. Why: a model's own `metrics` may leave some out.
+    Versions: Keras 3.10-3.15."""
+    return [metric for layer in layers for metric in layer._metrics]
 
 
 def all_layers(model: keras.Layer) -> list[keras.Layer]:

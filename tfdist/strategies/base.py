@@ -1,5 +1,6 @@
 """What the loop and the step need of a strategy, and no more."""
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -94,8 +95,20 @@ ReplicaStep = Callable[[Batch, tf.Tensor, int], dict[str, tf.Tensor]]
 Steps = Callable[[Any, int, int], tuple[dict[str, np.ndarray], int]]
 
 
-# What else holds inside of every scope: rooms above add it (fit: models that are made there train with it).
-IN_SCOPE: list[Callable[["Strategy"], AbstractContextManager]] = []
+def scope_of_fit(strategy: "Strategy") -> AbstractContextManager:
+    """What holds inside of every scope: Keras models that are made there train with tfdist. Loaded by name, because `fit`
+    stands above: the one arrow of the house that points up."""
+    return importlib.import_module("tfdist.fit").models_made_here(strategy)
+
+
+def no_such_name(strategy: "Strategy", name: str) -> AttributeError:
+    """The error for a name that a strategy does not have: TensorFlow's own have, which its tutorials use."""
+    if name.startswith("_") or not hasattr(tf.distribute.Strategy, name):
+        return AttributeError(f"{type(strategy).__name__} has no attribute {name!r}")
+    return AttributeError(
+        f"{type(strategy).__name__}.{name}: expected a loop of tfdist's, found one of TensorFlow's own; use "
+        f"tfdist.Trainer or Keras `fit`, which reduce, clip and weigh as one device does, or strategy.tf_strategy.{name}"
+    )
 
 
 class Strategy(Protocol):
@@ -105,6 +118,7 @@ class Strategy(Protocol):
     cluster: Cluster  # the processes that train together
     num_workers: int
     num_replicas: int  # over all workers
+    num_replicas_in_sync: int  # the same, by TensorFlow's name
     first_replica: int  # the global index of this process' replica 0
     is_chief: bool  # the one process that writes
     num_servers: int  # that hold the variables; 0: every replica has its own

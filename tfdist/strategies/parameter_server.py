@@ -66,7 +66,7 @@ class ParameterServer:
             raise UserError(
                 f"expected gradients_per_update >= 1 and max_staleness >= 0, found {gradients_per_update}, {max_staleness}"
             )
-        self.num_replicas = self.parts = gradients_per_update
+        self.num_replicas = self.num_replicas_in_sync = self.parts = gradients_per_update
         self.max_staleness, self.num_servers = max_staleness, len(cluster.ps)
         self.num_remote_workers = len(cluster.worker)
         self.tf_strategy = _connect(
@@ -84,6 +84,9 @@ class ParameterServer:
         supervisor().on_lost(self.crew.abandon)
         supervisor().watch(self.progress)
 
+    def __getattr__(self, name: str):
+        raise base.no_such_name(self, name)
+
     def __repr__(self) -> str:
         return f"ParameterServer(num_workers={self.num_remote_workers}, num_servers={self.num_servers})"
 
@@ -94,8 +97,7 @@ class ParameterServer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.tf_strategy.scope())
             stack.enter_context(server_runtime.placement(self.tf_strategy, self._server_of))
-            for also in base.IN_SCOPE:
-                stack.enter_context(also(self))
+            stack.enter_context(base.scope_of_fit(self))
             stack.enter_context(self.peers())
             yield self
 

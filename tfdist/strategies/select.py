@@ -8,7 +8,7 @@ import tensorflow as tf
 from tfdist.cluster.resolve import devices_per_worker, resolve
 from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.config import ClusterConfig, StrategyConfig
-from tfdist.errors import UserError
+from tfdist.errors import UserError, exit_with_codes
 from tfdist.strategies.base import Strategy
 from tfdist.strategies.parameter_server import ParameterServer
 from tfdist.strategies.sync import Mirrored, MultiWorkerMirrored, OneDevice
@@ -85,4 +85,5 @@ def make(
 
 def from_environment() -> Strategy:
     """The strategy for where this program runs: the cluster first (TF_CONFIG, Slurm, Kubernetes), then the devices."""
+    exit_with_codes()
     return make(StrategyConfig(), resolve())

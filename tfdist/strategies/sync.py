@@ -14,7 +14,8 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, wants_legacy_keras
 from tfdist.cluster.spec import Cluster
-from tfdist.errors import DataError, PeerLost, UserError
+from tfdist.errors import DataError, PeerLost, UserError, exit_with_codes
+from tfdist.patches import variables
 from tfdist.patches.layers import ComponentVariables
 from tfdist.strategies import base, devices, input_checks, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
@@ -25,6 +26,10 @@ class Synchronous:
 
     needs_static_shapes = False  # of what the input yields
     num_servers = 0
+
+    def __new__(cls, *_, **__):
+        exit_with_codes()  # before anything can fail
+        return super().__new__(cls)
 
     def __init__(
         self, tf_strategy: tf.distribute.Strategy, cluster: Cluster | None = None, worker_weights: Sequence[float] = ()
@@ -43,7 +48,7 @@ class Synchronous:
         self.cluster = cluster or Cluster()
         workers = self.cluster.collective or (self.cluster.task,)
         self.num_workers, self.worker = len(workers), workers.index(self.cluster.task)
-        self.num_replicas = tf_strategy.num_replicas_in_sync
+        self.num_replicas = self.num_replicas_in_sync = tf_strategy.num_replicas_in_sync
         self.worker_weights = tuple(worker_weights)
         InputContext(self.worker, self.num_workers, weights=self.worker_weights)  # refuses as many as do not fit
         self.first_replica = self.worker * self.local_replicas()
@@ -52,7 +57,12 @@ class Synchronous:
             self._stop = tf.Variable(0, dtype=tf.int32, trainable=False)
             self._batches = tf.Variable(0, dtype=tf.int64, trainable=False)
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
+        variables.act_as_numbers()
+        variables.sums_stay_whole(tf_strategy, self.is_chief)
         supervisor().watch(self.progress)
+
+    def __getattr__(self, name: str):
+        raise base.no_such_name(self, name)
 
     def __repr__(self) -> str:
         workers = f", num_workers={self.num_workers}" if self.num_workers > 1 else ""
@@ -62,8 +72,7 @@ class Synchronous:
     def scope(self):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.tf_strategy.scope())
-            for also in base.IN_SCOPE:
-                stack.enter_context(also(self))
+            stack.enter_context(base.scope_of_fit(self))
             stack.enter_context(self.peers())
             yield self
 
