@@ -70,24 +70,10 @@ class Bench:
 
     def fit(self, model, *data, **options):
         options = {"verbose": 0, "epochs": 2, **options}
-        if self.strategy and self.strategy.num_servers and "steps_per_epoch" not in options:
-            options["steps_per_epoch"] = _batches(data[0], options)
-            if isinstance(data[0], tf.data.Dataset):
-                data = (data[0].repeat(), *data[1:])  # then an epoch goes on where the one before ended
         history = model.fit(*data, **options).history
         self.keep(f"history/{model.name}", history)
         self.keep_variables(model, f"var/{model.name}")
         return history
-
-
-def _batches(data, options: dict) -> int:
-    """Of an epoch: parameter servers want it said."""
-    if isinstance(data, tf.data.Dataset):
-        return sum(1 for _ in data)
-    if isinstance(data, keras.utils.PyDataset):
-        return len(data)
-    rows = int(len(keras.tree.flatten(data)[0]) * (1 - options.get("validation_split", 0)))
-    return -(-rows // options.get("batch_size", 32))
 
 
 def dense(bench, units=1, activation="tanh", **options):

@@ -186,6 +186,11 @@ def test_nothing_stays_replaced():
     assert "fit" not in vars(stock)
 
 
+def test_what_users_do_around_fit_means_what_it_means_on_one_device():
+    done = run([str(Path(__file__).parent / "fit_by_hand.py")])
+    assert done.returncode == 0 and done.stdout.endswith("all is well\n"), done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_the_example_trains_alike_on_two_workers(tmp_path):
     """The tutorial's program; `BackupAndRestore`, checkpoints of weights, saving by all workers."""

@@ -36,7 +36,7 @@ def models_made_here(strategy: base.Strategy):
     """Inside, each Keras model that is made gets an `Adapter`, and Keras' losses and optimizers that are called by hand do
     what they do on one device."""
     made = fit_patches.models_made(lambda model: Adapter(strategy, model), _refuse_others, ("fit", "train_on_batch"))
-    with made, _IN_FORCE:
+    with made, _IN_FORCE, fit_patches.scope_outlives_session():
         yield
 
 
@@ -161,11 +161,6 @@ class Adapter:
 
     @contextlib.contextmanager
     def _prepared(self, call: "Call") -> Iterator[None]:
-        if call.name == "fit" and self.strategy.num_servers and not call.get("steps_per_epoch"):
-            raise UserError(
-                "fit: expected steps_per_epoch under parameter servers, where steps are dealt out to workers, found none; "
-                "give the number of batches of an epoch"
-            )
         for data in ("x", "validation_data"):
             self._check_data(call.name, call.get(data))
         self.input.batch = call.get("x") if call.name == "predict_on_batch" else None

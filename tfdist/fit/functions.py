@@ -378,9 +378,11 @@ class Steps:
 
 
 def _as_tensors(batch):
-    return tf.nest.map_structure(
-        lambda leaf: leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf), batch
-    )
+    def tensor(leaf):
+        leaf = _without_optional(leaf)
+        return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+
+    return tf.nest.map_structure(tensor, batch)
 
 
 def _spec(leaf):

@@ -170,7 +170,7 @@ class Replica:
             leaf.shape[:1].num_elements() for leaf in self.batch
         ):
             kinds = [
-                [one._replace(kind=known.kind) for one, known in zip(of, known_of, strict=True)]
+                [lookups.LookUp(known.kind, one.num_ids) for one, known in zip(of, known_of, strict=True)]
                 for of, known_of in zip(kinds, self._planned(), strict=True)
             ]
         return kinds, parts
@@ -242,9 +242,15 @@ class Replica:
         floats = [tf.cast(v, v.dtype if v.dtype.is_floating else tf.float32) for v in values]
         return self.sum([self._weighted(v) for v in floats]) if values else []
 
-    def gather_rows(self, values: tf.Tensor) -> tf.Tensor:
+    def gather_rows(self, values: tf.Tensor | tf.RaggedTensor) -> tf.Tensor | tf.RaggedTensor:
         """Of all replicas, in order: [rows, ...] of each -> [total, ...]."""
         mine = values[: self.rows]
+        if isinstance(mine, tf.RaggedTensor):
+            flat, *lengths = (self._one_after_another(one) for one in (mine.flat_values, *mine.nested_row_lengths()))
+            return tf.RaggedTensor.from_nested_row_lengths(flat, lengths)
+        return self._one_after_another(mine)
+
+    def _one_after_another(self, mine: tf.Tensor) -> tf.Tensor:
         sent = tf.cast(mine, tf.int32) if mine.dtype == tf.bool else mine  # collectives know no bool
         with self.components.suspended(self.model):
             return tf.cast(tf.distribute.get_replica_context().all_gather(sent, axis=0), mine.dtype)
@@ -287,7 +293,7 @@ def reduce_loss(
     """A loss whose sum over the replicas, by their shares, is Keras' loss of the global batch."""
     own = stock(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
     replica = _several()
-    if replica is None or reduction in (None, "none") or not len(values.shape):
+    if replica is None or reduction in (None, "none") or not len(getattr(values, "shape", ())):
         return own
     if reduction == "sum":
         return own / replica.share(own.dtype)

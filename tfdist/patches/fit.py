@@ -57,6 +57,15 @@ def models_made(attach: Callable[[keras.Model], None], refuse: Callable[[keras.M
         yield
 
 
+def scope_outlives_session():
+    """Inside, `keras.backend.clear_session()` leaves TensorFlow's default graph, which holds the scope.
+
+    What: `tf.compat.v1.reset_default_graph`. Why: after it what is made inside of the scope is made outside of it. Versions:
+    Keras 3.10-3.15.
+    """
+    return _replaced(tf.compat.v1, reset_default_graph=lambda: None)
+
+
 def own_methods(model: keras.Model, **methods: Callable) -> None:
     """Methods of this model alone, in front of those of its class. Not saved with it."""
     vars(model).update(methods)

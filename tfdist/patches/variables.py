@@ -13,7 +13,7 @@ def act_as_numbers() -> None:
     from tensorflow.python.distribute.values import DistributedVariable
 
     def array(self, dtype=None, copy=None):
-        return np.array(self.numpy(), dtype)
+        return np.array(self.numpy(), dtype)  # a copy always
 
     if not hasattr(DistributedVariable, "__float__"):
         DistributedVariable.__array__ = array

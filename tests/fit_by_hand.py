@@ -1,0 +1,135 @@
+"""What users do around `fit` in the scope of two replicas means what it means on one device. python fit_by_hand.py"""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfdist
+from tfdist.strategies.sync import Mirrored, OneDevice  # by their place, not as tfdist.Mirrored
+
+hook = sys.excepthook
+assert tfdist.Mirrored is Mirrored and sys.excepthook is hook and "tfdist.fit" not in sys.modules  # reading changes nothing
+strategy = Mirrored(2)
+assert sys.excepthook is not hook, "making a strategy installs the exit codes"
+rng = np.random.default_rng(0)
+X, Y = rng.normal(size=(20, 3)).astype("float32"), rng.normal(size=(20, 1)).astype("float32")
+
+
+def dense(units: int = 1) -> keras.Model:
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(units, kernel_initializer="ones")])
+
+
+# ---- losses and metrics that are called by hand: in the scope, after it, in a callback ----
+found = []
+
+
+class ByHand(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        found.append(float(keras.losses.MeanSquaredError()(np.zeros((1, 1)), np.full((1, 1), 3.0))))
+        iou.reset_state()
+        iou.update_state([0, 0, 1, 1], [0, 1, 0, 1])
+        iou.update_state([0], [0])
+        found.append(float(iou.result()))
+
+
+with strategy.scope():
+    iou, mean = keras.metrics.MeanIoU(num_classes=2), keras.metrics.Mean()
+    model = dense()
+    model.compile("sgd", "mse")
+    model.fit(X, Y, verbose=0, callbacks=[ByHand()])
+    ByHand().on_epoch_end(0)
+    mean.update_state([1.0, 2.0], sample_weight=[3.0, 1.0])
+assert "fit" in vars(model), "made in the scope: trains with tfdist"
+model.fit(X, Y, verbose=0, callbacks=[ByHand()])
+ByHand().on_epoch_end(0)
+assert np.allclose(found, [9.0, (2 / 4 + 1 / 3) / 2] * 4), found
+mean.update_state([7.0])
+assert np.isclose(float(mean.result()), 12 / 5)
+
+# ---- an optimizer that is applied by hand; stock Keras with the same gradients ----
+
+
+def stepped(optimizer) -> list[np.ndarray]:
+    variables = [keras.Variable(np.ones((2, 2)), name="a"), keras.Variable(np.ones(3), name="b")]
+    gradients = [tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.IndexedSlices(tf.constant([9.0, 1.0]), [2, 2], [3])]
+    for _ in range(3):
+        optimizer.apply(gradients, variables)
+    assert int(optimizer.iterations) == 3
+    return [np.array(variable) for variable in variables]
+
+
+for make in (lambda: keras.optimizers.Adam(0.1, global_clipnorm=1.0), lambda: keras.optimizers.SGD(0.1, momentum=0.9)):
+    expected = stepped(make())
+    with strategy.scope():
+        values = stepped(make())
+    for one, other in zip(expected, values, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-6)
+
+# ---- a new session inside of the scope, as notebooks begin one ----
+with strategy.scope():
+    keras.backend.clear_session()
+    model = dense()
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(X, Y, verbose=0)
+model.fit(X, Y, verbose=0)
+
+# ---- a model that is told how many rows a replica has ----
+
+
+class Halves(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x):
+        return keras.ops.reshape(self.dense(x), (20 // strategy.num_replicas_in_sync, 1))
+
+
+with strategy.scope():
+    model = Halves()
+    model.compile("sgd", "mse")
+model.fit(tf.data.Dataset.from_tensor_slices((X, Y)).batch(20, drop_remainder=True), verbose=0)
+
+# ---- a loss that is a number of Python; outputs of ragged lengths; an input that is None ----
+
+
+class Cut(keras.Model):
+    def call(self, x):
+        return tf.ragged.range(x % 3)
+
+
+with strategy.scope():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, [keras.layers.Dense(1)(inputs), keras.layers.Dense(1)(inputs)])
+    model.compile("sgd", ["mse", lambda y_true, y_pred: 0.0])
+    ragged = Cut()
+assert model.fit(X, [Y, Y], verbose=0).history["loss"][0] > 0
+rows = ragged.predict(np.arange(9), batch_size=4, verbose=0)
+assert isinstance(rows, tf.RaggedTensor) and rows.to_list() == [list(range(i % 3)) for i in range(9)]
+
+
+class Optional(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(1, kernel_initializer="ones")
+
+    def call(self, inputs):
+        x, other = inputs
+        return self.dense(x) if other is None else self.dense(x + other)
+
+
+for one in (strategy, OneDevice()):
+    with one.scope():
+        model = Optional()
+    batches = [((X[:8], None),), ((X[8:], None),)]
+    np.testing.assert_allclose(model.predict((batch for batch in batches), verbose=0), X.sum(1, keepdims=True), rtol=1e-5)
+
+# ---- TensorFlow's own names ----
+assert strategy.num_replicas_in_sync == 2 and not hasattr(strategy, "no_such_thing")
+for name in ("run", "reduce", "experimental_distribute_dataset"):
+    with pytest.raises(AttributeError, match=f"Mirrored.{name}: expected .* tfdist.Trainer .* strategy.tf_strategy.{name}"):
+        getattr(strategy, name)
+print("all is well")
