@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import secrets
 import signal
 import sys
@@ -22,6 +23,9 @@ from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
 _LAST_EVALUATION_S = 600.0  # an evaluator may go on for so long after the end of training
 _LONGEST_ERROR = 300  # characters
+# The name of an exception. Python writes a traceback piece by piece, and what TensorFlow writes meanwhile goes between:
+# source lines and carets may stand without their indentation, and lines of a log in their middle.
+_ERROR = re.compile(r"((?!\d)[\w<>]+(\.[\w<>]+)+|(?=\w*[a-z])[A-Z]\w*)(:|$)")
 _END_GRACE_S = 4.0  # from the first supervisor's end to the last one's, then they are killed
 
 
@@ -189,7 +193,7 @@ def uncaught_error(lines: Sequence[str]) -> str:
             ignored = True
         elif line.startswith("Traceback (most recent call last)"):
             in_traceback = True
-        elif in_traceback and line and not line[0].isspace():
+        elif in_traceback and _ERROR.match(line):
             error = error if ignored else line
             in_traceback = ignored = False
     return error
