@@ -102,7 +102,7 @@ def assert_all_gone(members: list[int], limit_s: float) -> None:
         (["Traceback (most recent call last):", '  File "x", line 9, in <module>', "    [f(i) for i in range(3)]",
           "^^^^^^^^^^^^^^^^^^^^^^^^", "~~~~^~~~", "RuntimeError: no 1"], "RuntimeError: no 1"),
         (["Traceback (most recent call last):", "  File x", "[f(i) for i in range(3)]", "else:",
-          "W0000 00:00:17.5 12 a.cc:3] b", "WARNING:absl:c", "tfdist: warning: d", "    ^", "tf.errors.NotFoundError"], "tf.errors.NotFoundError"),
+          "W0000 00:00:17.5 12 a.cc:3] b", "WARNING:absl:c", "tfdist: warning: d", "    ^", "e.NotFound"], "e.NotFound"),
         (["Traceback (most recent call last):", "  File x", "^^^^^^^^"], ""),  # the rest was not written
         (["Traceback (most recent call last):", "  File x", "f.<locals>.Problem: 1"], "f.<locals>.Problem: 1"),
     ],
