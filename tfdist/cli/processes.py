@@ -108,9 +108,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _launch(given: flags.FlagValues, program: list[str]) -> int:
     if given.workers is None:
-        fail("expected --workers=N, found none; for example tfdist launch --workers=2 -- train --config=configs/lm_tiny.py")
+        fail("expected --workers=N, found none; for example tfdist launch --workers=2 -- train --config=lm_tiny")
     if not program:
-        fail("expected a program after --, found none; for example -- train --config=configs/lm_tiny.py, or -- python x.py")
+        fail("expected a program after --, found none; for example -- train --config=lm_tiny, or -- python x.py")
     if "TF_CONFIG" in os.environ:
         fail("TF_CONFIG: expected none (launch makes a cluster on this machine), found one; unset it, or start the program "
              "itself in each task")  # fmt: skip
