@@ -193,7 +193,7 @@ def test_the_example_trains_alike_on_two_workers(tmp_path):
     example = str(Path(__file__).parent.parent / "examples" / "multi_worker_with_keras.py")
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    launch = ["-m", "tfdist.cli", "launch", "--workers=2", f"--log_dir={tmp_path / 'logs'}", "--", "python"]
+    launch = ["-m", "tfdist.cli", "launch", "--workers=2", "--all-output", f"--log_dir={tmp_path / 'logs'}", "--", "python"]
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(run, ([example, str(tmp_path / "one")], [*launch, example, str(tmp_path / "two")]))
     assert one.returncode == two.returncode == 0, one.stderr[-3000:] + two.stderr[-3000:]
