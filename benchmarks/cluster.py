@@ -36,8 +36,7 @@ def tfdist_worker(lm_tiny: bool, reduce_dtype: str = "float32") -> Turn:
 
     strategy = tfdist.from_environment()
     if lm_tiny:
-        sys.path.insert(0, str(Path(__file__).parent.parent / "configs"))
-        from lm_tiny import get_config
+        from tfdist.configs.lm_tiny import get_config
 
         config = get_config()
         model_config, length, rows, micro_batches = (

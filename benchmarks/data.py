@@ -212,7 +212,7 @@ def build(folder: Path, rounds: int) -> None:
 
 def data_wait(folder: Path) -> None:
     workdir = folder / "run"
-    command = ["train", "--config=configs/lm_tiny.py", f"--workdir={workdir}", "--config.train.num_steps=60"]
+    command = ["train", "--config=lm_tiny", f"--workdir={workdir}", "--config.train.num_steps=60"]
     command += ["--config.eval.every_steps=0", "--config.eval.max_steps=1", "--config.log.sample_tokens=0"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([sys.executable, "-m", "tfdist.cli", *command], check=True, cwd=ROOT, **quiet)

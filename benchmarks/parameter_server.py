@@ -99,8 +99,8 @@ def loopback_bytes() -> int:
 def measure(job: str, workers: int, slow_worker: int = -1) -> dict:
     """One run of a cluster with one server. `slow_worker` runs a quarter of the time."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tfdist.cli", "launch", f"--workers={workers}", "--ps=1", f"--log_dir={folder}",
-                   "--", sys.executable, __file__, f"--job={job}"]  # fmt: skip
+        command = [sys.executable, "-m", "tfdist.cli", "launch", f"--workers={workers}", "--ps=1", "--all-output",
+                   f"--log_dir={folder}", "--", sys.executable, __file__, f"--job={job}"]  # fmt: skip
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "TF_NUM_INTRAOP_THREADS": "1"}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         result, over = None, threading.Event()

@@ -62,6 +62,7 @@ def main(*behaviours: str) -> None:
         print("saved", flush=True)
         sys.exit(4 if mine == "save_fails" else 143)
     if mine == "environment":
+        print("a warning", file=sys.stderr)
         print("environment", json.dumps({name: os.environ.get(name) for name in ("TF_CONFIG", "CUDA_VISIBLE_DEVICES")}))
 
 

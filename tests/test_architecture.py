@@ -1,6 +1,8 @@
 """The house rules, read from the source: which way imports point, where TensorFlow and the environment may be used."""
 
 import ast
+import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # from the top of the house down: a room imports only from rooms below it (or itself)
 FLOORS = [
     {"cli"},
-    {"verification", "doctor"},
+    {"verification", "doctor", "configs"},
     {"launch", "fit", "infer"},
     {"train"},
     {"checkpoint", "metrics", "optim", "data", "models"},
@@ -23,7 +25,7 @@ FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_TENSORFLOW = ["__init__.py", "config.py", "errors.py", "models/count.py", "cli/main.py", "cluster/", "launch/",
                       "checkpoint/", "metrics/writers.py", "metrics/report.py", "files.py", "data/build.py",
                       "data/corpus.py", "data/documents.py", "data/pieces.py", "data/shards.py", "data/shard_writer.py",
-                      "data/tokenizer.py",
+                      "data/tokenizer.py", "configs/__init__.py",
                       "verification/run.py", "verification/compare.py", "verification/subject.py"]  # fmt: skip
 ENVIRONMENT_ALLOWED = ("cli/", "cluster/resolve.py", "launch/")
 
@@ -93,6 +95,29 @@ def test_private_names_of_keras_and_tensorflow_stay_in_patches():
                 own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
                 own = own or ast.unparse(node) == "os._exit"
                 assert own, f"{path.relative_to(ROOT)}:{node.lineno}: .{node.attr} is private"
+
+
+DOCUMENTS = re.compile(
+    r"\b(?:FACTS|DESIGN|STYLE|CASES|NOTES|PLAN|ROADMAP|TODO|README|CHANGELOG|CONTRIBUTING|SECURITY|LICENSE)\b"
+    r"|(?<![\w/.:*-])[\w-]+(?:/[\w-]+)*\.md\b"  # a path of this repository, not the end of a longer one
+)
+
+
+def prose(path: Path) -> list[str]:
+    """Every comment and docstring."""
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, nodes)]
+    with open(path, "rb") as lines:
+        comments = [token.string for token in tokenize.tokenize(lines.readline) if token.type == tokenize.COMMENT]
+    return docstrings + comments
+
+
+def test_documents_that_are_named_are_in_this_repository():
+    root = ROOT.parent
+    for path in [*FILES, *sorted((root / "tests").glob("*.py"))]:
+        for name in DOCUMENTS.findall("\n".join(prose(path))):
+            there = (root / name).is_file() or (root / f"{name}.md").is_file()
+            assert there, f"{path.relative_to(root)} names {name}, which is not in this repository: say the thing itself"
 
 
 def test_no_drawer_for_everything():

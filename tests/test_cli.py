@@ -65,6 +65,8 @@ def assert_one_line(done, code, *parts):
         (["train", CONFIG, "--wrkdir=x"], 2, "did you mean workdir"),
         (["train", CONFIG, "oops"], 2, "unexpected argument 'oops'"),
         (["train", "--config=nowhere.py"], 2, "found no file 'nowhere.py'"),
+        (["train", "--config=elsewhere/lm_tiny.py"], 2, "did you mean lm_tiny?"),
+        (["verify", "--config", "lm_tiny", "oops"], 2, "unexpected argument 'oops'"),
         (["train", CONFIG, "--num_steps=3"], 2, "did you mean config.train.num_steps"),
         (["eval"], 2, "expected --workdir=FOLDER"),
         (["eval", "--workdir=nowhere"], 2, "expected the folder of a run"),

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_two_workers_log_the_losses_of_one_process(undisturbed, train, tmp_path)
         assert abs(one - two) <= 1e-6 * max(abs(one), 1), (step, one, two)
     assert "sample:" in done.stdout and "[worker 1]" not in done.stdout  # the chief alone speaks
     assert "MultiWorkerMirrored(num_replicas=2, num_workers=2)" in done.stdout
+
+
+def test_the_next_command_works_as_printed(undisturbed):
+    """Where the launcher ran, though its environment is not activated."""
+    (command,) = re.findall(r"next: (.*)", undisturbed[1].stdout)
+    done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("def main("), done.stderr
 
 
 @pytest.mark.slow
@@ -256,7 +264,7 @@ def test_a_strategy_that_is_made_too_late_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_a_users_program_trains_and_sends_bytes(tmp_path):
-    process = launch(f"--log-dir={tmp_path}/logs", "--", "python", REGRESSION, str(tmp_path))
+    process = launch("--all-output", f"--log-dir={tmp_path}/logs", "--", "python", REGRESSION, str(tmp_path))
     done = finish(process, 60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exact True") == 2 and max(losses(tmp_path)) == 60

@@ -1,26 +1,18 @@
 import dataclasses
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
 
-from tfdist import config
+from tfdist import config, configs
 from tfdist.models import count
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def preset(name: str) -> config.Config:
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return importlib.import_module(f"tfdist.configs.{name}").get_config()
 
 
-PROGRAMS = ("recommender_ps",)  # not for `tfdist train`
-
-
-@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("*.py")} - set(PROGRAMS)))
+@pytest.mark.parametrize("name", configs.names())
 def test_presets_are_valid(name):
     config.validate(preset(name))
 
@@ -90,3 +82,15 @@ def test_fields_that_came_later_leave_the_hash_of_older_runs():
     changed = config.Config()
     changed.train.z_loss = 1e-4
     assert config.config_hash(changed, "data") != "a836face6d038ba5"
+
+
+def test_a_shipped_config_has_a_name_and_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.file_of("lm_tiny") == str(Path(configs.__file__).parent / "lm_tiny.py")
+    assert configs.file_of("nothing") == "nothing" and "recommender_ps" not in configs.names()
+    Path("lm_tiny").write_text("")
+    assert configs.file_of("lm_tiny") == "lm_tiny"
+
+
+def test_the_folder_at_the_top_is_the_one_that_ships():
+    assert (Path(__file__).parent.parent / "configs").resolve() == Path(configs.__file__).parent.resolve()

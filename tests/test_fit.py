@@ -118,7 +118,8 @@ def test_the_cells_do_train():
 def test_what_a_cluster_promises(tmp_path):
     """Files, decisions, restored backups, refusals, workers that read different batches."""
     program = [str(Path(__file__).parent / "fit_cluster.py"), str(tmp_path)]
-    done = run(["-m", "tfdist.cli", "launch", "--workers=2", f"--log_dir={tmp_path / 'logs'}", "--", "python", *program])
+    launch = ["launch", "--workers=2", "--all-output", f"--log_dir={tmp_path / 'logs'}"]
+    done = run(["-m", "tfdist.cli", *launch, "--", "python", *program])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("all is well") == 2
     assert "[worker 0] Epoch 1/2" in done.stdout and "[worker 1] Epoch" not in done.stdout
@@ -197,7 +198,7 @@ def test_the_example_trains_alike_on_two_workers(tmp_path):
     example = str(Path(__file__).parent.parent / "examples" / "multi_worker_with_keras.py")
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    launch = ["-m", "tfdist.cli", "launch", "--workers=2", f"--log_dir={tmp_path / 'logs'}", "--", "python"]
+    launch = ["-m", "tfdist.cli", "launch", "--workers=2", "--all-output", f"--log_dir={tmp_path / 'logs'}", "--", "python"]
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(run, ([example, str(tmp_path / "one")], [*launch, example, str(tmp_path / "two")]))
     assert one.returncode == two.returncode == 0, one.stderr[-3000:] + two.stderr[-3000:]

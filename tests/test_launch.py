@@ -99,6 +99,12 @@ def assert_all_gone(members: list[int], limit_s: float) -> None:
           "Traceback (most recent call last):", "  File y", "ValueError: the cause"], "ValueError: the cause"),
         (["Traceback (most recent call last):", "  File x", "ValueError: the cause", "Exception ignored in: <A.__del__>",
           "Traceback (most recent call last):", "  File y", "TypeError: at the end"], "ValueError: the cause"),
+        (["Traceback (most recent call last):", '  File "x", line 9, in <module>', "    [f(i) for i in range(3)]",
+          "^^^^^^^^^^^^^^^^^^^^^^^^", "~~~~^~~~", "RuntimeError: no 1"], "RuntimeError: no 1"),
+        (["Traceback (most recent call last):", "  File x", "[f(i) for i in range(3)]", "else:",
+          "W0000 00:00:17.5 12 a.cc:3] b", "WARNING:absl:c", "tfdist: warning: d", "    ^", "e.NotFound"], "e.NotFound"),
+        (["Traceback (most recent call last):", "  File x", "^^^^^^^^"], ""),  # the rest was not written
+        (["Traceback (most recent call last):", "  File x", "f.<locals>.Problem: 1"], "f.<locals>.Problem: 1"),
     ],
 )  # fmt: skip
 def test_the_error_that_ended_a_program(lines, error):
@@ -108,19 +114,68 @@ def test_the_error_that_ended_a_program(lines, error):
 # ---- a group that ends well ----
 
 
-def test_output_has_prefixes_logs_are_whole_and_tasks_know_who_they_are(tmp_path):
+@pytest.mark.parametrize("shown", ["of worker 0", "of all"])
+def test_output_has_prefixes_logs_are_whole_and_tasks_know_who_they_are(tmp_path, shown):
+    """What worker 0 prints is shown, or what all print; what any writes to stderr always is. Logs have everything."""
+    flags = ["--workers=2", *["--all-output"] * (shown == "of all")]
     process = launch(
-        tmp_path, "--workers=2", actors=("worker0:environment", "worker1:environment"), ACTOR_STEPS=5,
+        tmp_path, *flags, actors=("worker0:environment", "worker1:environment"), ACTOR_STEPS=5,
         CUDA_VISIBLE_DEVICES="0,1,2,3",
     )  # fmt: skip
     done = finish(process, 30)
     assert done.returncode == 0, done.stderr
     for i, gpus in enumerate(("0,1", "2,3")):
-        line = next(line for line in done.stdout.splitlines() if line.startswith(f"[worker {i}] environment"))
+        line = next(line for line in log(tmp_path, f"worker-{i}").splitlines() if line.startswith("environment"))
         found = json.loads(line.partition("environment ")[2])
         cluster, _ = from_tf_config(found["TF_CONFIG"])
         assert cluster.task == Task("worker", i) and len(cluster.worker) == 2 and found["CUDA_VISIBLE_DEVICES"] == gpus
-        assert line.removeprefix(f"[worker {i}] ") in log(tmp_path, f"worker-{i}")
+        assert (f"[worker {i}] {line}" in done.stdout.splitlines()) == (i == 0 or shown == "of all")
+        assert f"[worker {i}] a warning" in done.stderr.splitlines() and "a warning" in log(tmp_path, f"worker-{i}")
+
+
+TENSORFLOW_SAYS = [
+    "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+    "I0000 00:00:1795546653.344753    8936 port.cc:153] oneDNN custom operations are on.",
+    "To enable the following instructions: AVX2 AVX512F, in other operations, rebuild it with the appropriate flags.",
+    "E0000 00:00:1795546659.233137    8936 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error",
+]
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [({}, []), ({"CUDA_VISIBLE_DEVICES": "0"}, TENSORFLOW_SAYS[3:]), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, TENSORFLOW_SAYS)],
+)
+def test_what_tensorflow_says_at_its_start_is_in_the_log(tmp_path, monkeypatch, environment, shown):
+    """Errors of GPUs are shown where there are some; everything where the user says how much is to be logged."""
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    program = "import sys; print(*sys.argv[1:], 'E0000 its own error', sep='\\n', file=sys.stderr)"
+    command = ["launch", "--workers=1", f"--log-dir={tmp_path}", "--", "python", "-c", program, *TENSORFLOW_SAYS]
+    done = finish(start(["-m", "tfdist.cli", *command], environment), 30)
+    lines = [line.removeprefix("[worker 0] ") for line in done.stderr.splitlines()]
+    assert done.returncode == 0 and lines == [*shown, "E0000 its own error"]
+    assert (tmp_path / "worker-0.log").read_text().splitlines() == [*TENSORFLOW_SAYS, "E0000 its own error"]
+
+
+def test_without_a_workdir_the_logs_are_in_a_temporary_folder_that_the_first_line_names(tmp_path):
+    command = ["-m", "tfdist.cli", "launch", "--workers=2", "--", "python", "-c", "print('a line')"]
+    done = finish(start(command, {"TMPDIR": str(tmp_path)}), 30)
+    folder = Path(done.stderr.splitlines()[0].removeprefix("tfdist: the output of every process: "))
+    assert done.returncode == 0 and folder.parent == tmp_path
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(
+        ("worker-0.log", "worker-1.log"), "a line\n"
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_that_every_worker_makes_is_explained(tmp_path, workers):
+    (tmp_path / "out").mkdir(exist_ok=True)  # made by whoever was first
+    program = f"import os; os.makedirs({str(tmp_path / 'out')!r})"
+    command = ["launch", f"--workers={workers}", f"--log-dir={tmp_path}", "--", "python", "-c", program]
+    done = finish(start(["-m", "tfdist.cli", *command]), 30)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "FileExistsError: [Errno 17]" in last
+    assert ("same folder: use os.makedirs(..., exist_ok=True)" in last) == (workers == 2)
 
 
 @pytest.mark.slow

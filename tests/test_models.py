@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfdist.config import ModelConfig
 from tfdist.models import count
-from tfdist.models.dropout import Dropout, SamplePosition, sample_position, uniform_rows
+from tfdist.models.dropout import Dropout, SamplePosition, rows_of_stream, sample_position, stream_key, uniform_rows
 from tfdist.models.transformer import TransformerLM, next_token_loss
 
 LENGTH = 8
@@ -122,15 +122,38 @@ def position(step=0, first_row=0, seed=0):
     return SamplePosition(seed, tf.constant(step), tf.constant(first_row))
 
 
-@pytest.mark.parametrize("row_size", [1, 4, 7])
+@pytest.mark.parametrize("row_size", [1, 4, 7, 1030])
+@pytest.mark.parametrize("replicas", [1, 4])
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_masks_depend_on_the_global_row_alone(row_size, jit_compile):
-    draw = tf.function(
-        lambda first, rows: uniform_rows(position(5, first), "layer", (rows, row_size)), jit_compile=jit_compile
-    )
-    whole = uniform_rows(position(5), "layer", (8, row_size)).numpy()
-    parts = np.concatenate([draw(first, 2).numpy() for first in (0, 2, 4, 6)])
+def test_masks_depend_on_the_global_row_alone(row_size, replicas, jit_compile):
+    """With and without XLA, to the bit. Key, step and row are arguments: a constant is computed without XLA in any case."""
+
+    @tf.function(jit_compile=jit_compile)
+    def draw(key, step, first_row):
+        return rows_of_stream(key, step, first_row, (8 // replicas, row_size))
+
+    whole = uniform_rows(position(5, seed=3), "layer", (8, row_size)).numpy()
+    key, rows = stream_key(3, "layer"), tf.range(0, 8, 8 // replicas)
+    parts = np.concatenate([draw(key, tf.constant(5), first_row).numpy() for first_row in rows])
     np.testing.assert_array_equal(parts, whole)
+    np.testing.assert_array_equal(whole * 2.0**23 % 1, 0)
+    assert whole.min() >= 0 and whole.max() < 1
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_a_model_drops_the_same_with_and_without_xla(replicas, jit_compile):
+    keras.utils.set_random_seed(0)
+    model = TransformerLM(config(dropout=0.3, dtype="float64"), LENGTH)
+    tokens = tf.constant(np.arange(8 * LENGTH).reshape(8, -1) % 13)
+
+    def loss(rows, step, first_row):
+        with sample_position(SamplePosition(0, step, first_row)):
+            return next_token_loss(rows, model(rows, training=True))
+
+    compiled, size = tf.function(loss, jit_compile=jit_compile), 8 // replicas
+    parts = [compiled(tokens[i : i + size], tf.constant(3), tf.constant(i)) for i in range(0, 8, size)]
+    np.testing.assert_allclose(np.concatenate(parts), loss(tokens, 3, 0), rtol=1e-12)
 
 
 def test_masks_differ_by_step_layer_seed_and_row():

@@ -1,6 +1,6 @@
 """Every config dataclass and its validation. No TensorFlow here: `tfdist --help` must stay instant.
 
-A config file is Python (`configs/lm_tiny.py`) with a `get_config()` that returns a `Config`. Every field says what a
+A config file is Python (`tfdist/configs/lm_tiny.py`) with a `get_config()` that returns a `Config`. Every field says what a
 resumed run may do with it: `match` fields must be equal to those that the workdir was started with, `free` fields may
 change. The config hash covers the `match` fields and nothing else.
 """

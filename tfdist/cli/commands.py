@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import os
+import shlex
 import shutil
 import sys
 import time
@@ -84,8 +86,19 @@ def train(flags) -> None:
         text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
-    program = "tfdist" if shutil.which("tfdist") else Path(sys.executable).parent / "tfdist"
-    print(f"next: {program} generate --workdir={workdir.path} --prompt='def main('")
+    print(f"next: {_program()} generate --workdir={shlex.quote(str(workdir.path))} --prompt='def main('")
+
+
+def _program() -> str:
+    """What calls this tfdist from the user's shell."""
+    own = Path(sys.executable).parent / "tfdist"
+    path = os.environ.get("PATH", os.defpath)
+    if launch_token():  # the launcher has put this folder in front
+        path = path.removeprefix(f"{own.parent}{os.pathsep}")
+    found = shutil.which("tfdist", path=path)
+    if found and Path(found).resolve() == own.resolve():
+        return "tfdist"
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))
 
 
 def evaluate_checkpoints(config, workdir: Workdir, fresh: bool) -> None:

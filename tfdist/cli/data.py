@@ -110,7 +110,7 @@ def _print_built(dataset: shards.TokenDataset) -> None:
         print(f"tfdist: warning: {index['bad_records']} bad records were left out", file=sys.stderr)
     own = "" if dataset.tokenizer == "bytes" else f" --config.data.tokenizer={dataset.tokenizer}"
     own += f" --config.model.vocab_size={dataset.vocab_size}" if dataset.vocab_size > 258 else ""
-    print(f"next: tfdist train --config=configs/lm_tiny.py --config.data.source=shards:{dataset.path}{own}")
+    print(f"next: tfdist train --config=lm_tiny --config.data.source=shards:{dataset.path}{own}")
 
 
 def _inspect(given: flags.FlagValues, positional: list[str]) -> None:

@@ -3,11 +3,12 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tfdist import config, errors
+from tfdist import config, configs, errors
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli import processes
 from tfdist.cli.chatter import without_startup_chatter
@@ -19,21 +20,24 @@ from tfdist.verification.subject import DTYPES, NUM_STEPS, STRATEGIES
 
 USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
 
-  tfdist train    --config=configs/lm_tiny.py --workdir=runs/a   train, or go on where a run stopped
+  tfdist train    --config=lm_tiny --workdir=runs/a              train, or go on where a run stopped
   tfdist eval     --workdir=runs/a                               exact loss, perplexity and bits per byte
   tfdist generate --workdir=runs/a --prompt='def '               sample from the model
   tfdist export   --workdir=runs/a --out=model.keras             the trained model as a Keras file
   tfdist data build --source=files:GLOB --out=FOLDER             tokenise a corpus once; data inspect FOLDER shows it
-  tfdist data audit --config=configs/lm_tiny.py --workers=4      which worker reads what
+  tfdist data audit --config=lm_tiny --workers=4                 which worker reads what
   tfdist launch   --workers=2 -- train --config=...              a cluster of processes on this machine
   tfdist launch   --workers=2 -- python script.py                the same for any TensorFlow program
   tfdist supervise -- python script.py                           one task of a cluster (TF_CONFIG, Slurm, Kubernetes)
-  tfdist verify   --config=configs/lm_tiny.py                    is this machine's training the same on every strategy?
+  tfdist verify   --config=lm_tiny                               is this machine's training the same on every strategy?
   tfdist doctor                                                  what this machine, cluster and installation can do
 
-Any config value can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
+A config is a Python file with get_config(), or the name of one that comes with tfdist (`tfdist train --help`). Any value of
+it can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
 
 _RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
+_CONFIG_HELP = f"a Python file with get_config(), or a name ({', '.join(configs.names())})"
+_CONFIG_COMMANDS = ("train", "verify", "audit")  # of a config file
 _COMMANDS = (*_RUN_COMMANDS, "data", "launch", "supervise", "doctor")
 
 
@@ -59,6 +63,7 @@ def main() -> None:
         if command != "audit":
             data.main(command, rest)
     if command in (*_RUN_COMMANDS, "audit"):
+        rest = _with_config_files(rest) if command in _CONFIG_COMMANDS else rest
         argv = [f"tfdist {command}", *rest]
         _define_flags(command, argv)
         app.run(lambda _: _run(command, rest), argv=argv, flags_parser=lambda args: _parse(command, args))
@@ -66,12 +71,25 @@ def main() -> None:
         processes.main(command, rest)
 
 
+def _with_config_files(arguments: list[str]) -> list[str]:
+    """`--config=lm_tiny` -> `--config=FOLDER/lm_tiny.py`, where that comes with tfdist."""
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config") and equals:
+            argument = f"{name}={configs.file_of(value)}"
+        elif before in ("--config", "-config"):
+            argument = configs.file_of(argument)
+        found.append(argument)
+    return found
+
+
 def _define_flags(command: str, argv: list[str]) -> None:
     for name in _given_overrides(argv):
         if name not in config.field_names():
             fail(f"unknown config key {name!r}{near(name, config.field_names())}")
     if command in ("verify", "audit"):
-        config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
+        config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, sys_argv=argv)
     if command == "audit":
         flags.DEFINE_integer("workers", 1, "how many workers read", lower_bound=1)
         flags.DEFINE_integer("steps", 100, "how many steps to read", lower_bound=1)
@@ -86,7 +104,7 @@ def _define_flags(command: str, argv: list[str]) -> None:
         return
     flags.DEFINE_string("workdir", "" if command == "train" else None, "the folder of the run")
     if command == "train":
-        config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", sys_argv=argv)
+        config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, sys_argv=argv)
         flags.DEFINE_bool("fresh", False, "start at step 0; an earlier run in the workdir is kept in workdir/old-N")
         return
     try:
@@ -131,8 +149,8 @@ def _parse(command: str, argv: list[str]) -> list[str]:
         print(_help(command))
         sys.exit(errors.DONE)
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    if command in ("train", "verify", "audit") and given and not os.path.isfile(given[-1]):
-        fail(f"--config: expected a Python file with get_config(), found no file {given[-1]!r}")
+    if command in _CONFIG_COMMANDS and given and not os.path.isfile(given[-1]):
+        fail(f"--config: expected {_CONFIG_HELP}, found no file {given[-1]!r}{near(Path(given[-1]).stem, configs.names())}")
     try:
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
@@ -140,7 +158,7 @@ def _parse(command: str, argv: list[str]) -> list[str]:
         if "workdir" in flags.FLAGS and flags.FLAGS.workdir is None:
             fail("expected --workdir=FOLDER, found none")
         if flags.FLAGS.config is None:
-            fail("expected --config=FILE.py, found none; for example --config=configs/lm_tiny.py")
+            fail("expected --config=FILE.py, found none; for example --config=lm_tiny")
         config.validate(flags.FLAGS.config)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from absl import flags, logging
@@ -25,8 +26,9 @@ _HELP = {
     "launch": """tfdist launch --workers=N [flags] -- train --config=...
 tfdist launch --workers=N [flags] -- python x.py
 
-One cluster on this machine: a process for each task, its output with a prefix, whole logs in WORKDIR/logs. The first
-failure stops all of them and is reported as the cause.""",
+One cluster on this machine: a process for each task. Shown, with a prefix: what worker 0 (with --ps the chief, and an
+evaluator) prints, and what any of them writes to stderr. Whole logs are in WORKDIR/logs. The first failure stops all of
+them and is reported as the cause.""",
     "supervise": """tfdist supervise [flags] -- python x.py
 
 One task of a cluster (TF_CONFIG, Slurm, Kubernetes): meets the others, runs the program, and ends it when it hangs or
@@ -77,8 +79,10 @@ def _define(command: str) -> flags.FlagValues:
         )
         flags.DEFINE_integer("max_restarts", 0, "how often to start again after a failure", lower_bound=0, flag_values=given)
         flags.DEFINE_string(
-            "log_dir", "", "folder of the logs; default: WORKDIR/logs of train, else logs", flag_values=given
+            "log_dir", "", "folder of the logs; default: WORKDIR/logs of train, else a temporary one", flag_values=given
         )
+        flags.DEFINE_bool("all_output", False, "show what every process prints",
+                          flag_values=given)  # fmt: skip
     if command in ("launch", "supervise"):
         waiting = config.ClusterConfig()
         for name, what in (("start", "to come to the start"), ("step", "without a step"), ("heartbeat", "without a sign")):
@@ -108,9 +112,9 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _launch(given: flags.FlagValues, program: list[str]) -> int:
     if given.workers is None:
-        fail("expected --workers=N, found none; for example tfdist launch --workers=2 -- train --config=configs/lm_tiny.py")
+        fail("expected --workers=N, found none; for example tfdist launch --workers=2 -- train --config=lm_tiny")
     if not program:
-        fail("expected a program after --, found none; for example -- train --config=configs/lm_tiny.py, or -- python x.py")
+        fail("expected a program after --, found none; for example -- train --config=lm_tiny, or -- python x.py")
     if "TF_CONFIG" in os.environ:
         fail("TF_CONFIG: expected none (launch makes a cluster on this machine), found one; unset it, or start the program "
              "itself in each task")  # fmt: skip
@@ -126,15 +130,25 @@ def _launch(given: flags.FlagValues, program: list[str]) -> int:
         command = [*_PROGRAM, "supervise", *(f"--{name}={given[name].value}" for name in names), "--", *program]
     if is_train:
         Workdir(workdir_of(program)).check_free()
-    log_dir = Path(given.log_dir or (workdir_of(program) / "logs" if is_train else "logs"))
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--log_dir: cannot write to {log_dir}: {error.strerror}")
+    all_output = given.all_output or program[0] == "doctor"  # whose processes each print their own problems
     return launcher.run(Group(
-        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts, log_dir,
-        given.data_workers,
+        command, given.workers, given.ps, given.evaluator, given.devices_per_worker, given.max_restarts,
+        _log_dir(given, program), given.data_workers, all_output,
     ))  # fmt: skip
+
+
+def _log_dir(given: flags.FlagValues, program: list[str]) -> Path:
+    """The folder of the logs, made. A temporary one is said: nobody would find it."""
+    if not given.log_dir and program[0] != "train":
+        folder = Path(tempfile.mkdtemp(prefix="tfdist-logs-"))
+        print(f"tfdist: the output of every process: {folder}", file=sys.stderr, flush=True)
+        return folder
+    folder = Path(given.log_dir) if given.log_dir else workdir_of(program) / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--log_dir: cannot write to {folder}: {error.strerror}")
+    return folder
 
 
 def workdir_of(arguments: list[str]) -> Path:

@@ -22,6 +22,7 @@ class Group:
     max_restarts: int = 0
     log_dir: Path = Path("logs")
     data_workers: int = 0  # of a data service beside them; 0: none
+    all_output: bool = False  # show what every process prints, not the chief and the evaluator alone
 
 
 def clusters(group: Group, addresses: Sequence[str]) -> list[Cluster]:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import re
 import secrets
 import signal
 import sys
@@ -22,6 +23,10 @@ from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
 _LAST_EVALUATION_S = 600.0  # an evaluator may go on for so long after the end of training
 _LONGEST_ERROR = 300  # characters
+_SAME_FOLDER = "; every process runs this program in the same folder: use os.makedirs(..., exist_ok=True)"
+# The name of an exception. Python writes a traceback piece by piece, and what TensorFlow writes meanwhile goes between:
+# source lines and carets may stand without their indentation, and lines of a log in their middle.
+_ERROR = re.compile(r"((?!\d)[\w<>]+(\.[\w<>]+)+|(?=\w*[a-z])[A-Z]\w*)(:|$)")
 _END_GRACE_S = 4.0  # from the first supervisor's end to the last one's, then they are killed
 
 
@@ -168,6 +173,7 @@ class Failure:
     step: int
     last_lines: list[str]
     task: Task | None
+    alone: bool = True  # a group of one process
 
     def show(self, final: bool) -> None:
         if self.last_lines and final:
@@ -176,7 +182,8 @@ class Failure:
             _say(f"{self.message} (exit code {self.exit_code})")
         else:
             error = uncaught_error(self.last_lines)
-            _say(f"{self.message}: {error[:_LONGEST_ERROR]}" if error else self.message)
+            hint = _SAME_FOLDER if error.startswith("FileExistsError") and not self.alone else ""
+            _say(f"{self.message}: {error[:_LONGEST_ERROR]}{hint}" if error else self.message)
 
 
 def uncaught_error(lines: Sequence[str]) -> str:
@@ -189,7 +196,7 @@ def uncaught_error(lines: Sequence[str]) -> str:
             ignored = True
         elif line.startswith("Traceback (most recent call last)"):
             in_traceback = True
-        elif in_traceback and line and not line[0].isspace():
+        elif in_traceback and _ERROR.match(line):
             error = error if ignored else line
             in_traceback = ignored = False
     return error
@@ -212,7 +219,7 @@ def _cause(members: list[Member]) -> Failure:
     _, verdict, member = min(own, key=lambda end: end[0])
     blamed = Task(*verdict["task"]) if verdict["task"] else member.task
     lines = next((list(m.last_lines) for m in members if m.task == blamed), [])
-    return Failure(verdict["exit_code"], verdict["message"], verdict["step"], lines, blamed)
+    return Failure(verdict["exit_code"], verdict["message"], verdict["step"], lines, blamed, len(members) == 1)
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,8 @@
-"""One supervisor that a launcher started: its output with a prefix, its whole log, its report."""
+"""One supervisor that a launcher started: its output with a prefix, its whole log, its report.
+
+What a program prints (stdout) is shown of one process: all run the same program, and print the same. What it writes to
+stderr is shown of all.
+"""
 
 import asyncio
 import contextlib
@@ -21,6 +25,12 @@ from tfdist.launch.process import LAUNCHER_FD
 from tfdist.launch.watchdog import describe_exit
 
 _LAST_LINES = 50
+# What TensorFlow writes about its build and its start; no setting stops all of it.
+_CHATTER = re.compile(
+    r"I0000 |WARNING: All log messages before absl::InitializeLog|To enable the following instructions: "
+    r"|/job:\w+/replica:\d+/task:\d+$"  # whom it waits for
+)
+_NO_GPU = re.compile(r"E0000 .*failed call to cuInit")
 
 
 class Member:
@@ -28,6 +38,8 @@ class Member:
 
     def __init__(self, group: Group, cluster: Cluster, environment: Mapping[str, str]):
         self.task = cluster.task
+        self.prints = group.all_output or cluster.is_chief or self.task.type == "evaluator"
+        self.hidden = _chatter(environment)
         self.ours, theirs = socket.socketpair()
         self.ours.setblocking(False)
         self.received, self.child_pid, self.end = b"", 0, None
@@ -43,7 +55,7 @@ class Member:
         loop = asyncio.get_running_loop()
         loop.add_reader(self.ours, self._hear)
         self.streams = [
-            asyncio.ensure_future(self._forward(self.process.stdout, sys.stdout)),
+            asyncio.ensure_future(self._forward(self.process.stdout, sys.stdout if self.prints else None)),
             asyncio.ensure_future(self._forward(self.process.stderr, sys.stderr)),
         ]
 
@@ -57,8 +69,8 @@ class Member:
                 self.child_pid = message.get("child", self.child_pid)
                 self.end = message.get("end", self.end)
 
-    async def _forward(self, pipe: IO[bytes], to: IO[str]) -> None:
-        """Whole lines, with a prefix, to the launcher's own output; all bytes to the log."""
+    async def _forward(self, pipe: IO[bytes], to: IO[str] | None) -> None:
+        """Whole lines, with a prefix, to the launcher's own output (None: nowhere); all bytes to the log."""
         reader = asyncio.StreamReader(limit=1 << 20)
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
         rest = b""
@@ -69,14 +81,15 @@ class Member:
             self._emit(lines, to)
         self._emit([rest] if rest else [], to)
 
-    def _emit(self, lines: list[bytes], to: IO[str]) -> None:
+    def _emit(self, lines: list[bytes], to: IO[str] | None) -> None:
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # of a progress bar, its last state
-            if self._is_of_stacks(text):  # a hundred lines and more: the log has them
+            if self._is_of_stacks(text) or any(kind.match(text) for kind in self.hidden):  # the log has them
                 continue
             self.last_lines.append(text)
-            with contextlib.suppress(OSError):  # whoever read our output is gone; training is not
-                print(f"[{self.task}] {text}", file=to, flush=True)
+            if to is not None:
+                with contextlib.suppress(OSError):  # whoever read our output is gone; training is not
+                    print(f"[{self.task}] {text}", file=to, flush=True)
         with contextlib.suppress(OSError):  # a full disk must not end the run either
             self.log.write(b"".join(line + b"\n" for line in lines))
 
@@ -124,3 +137,11 @@ class Member:
         self._hear()
         self.log.close()
         self.ours.close()
+
+
+def _chatter(environment: Mapping[str, str]) -> list[re.Pattern]:
+    """What is not shown: nothing where the user says how much TensorFlow is to log; its words on a lack of GPUs where none
+    is wanted."""
+    if "TF_CPP_MIN_LOG_LEVEL" in environment:
+        return []
+    return [_CHATTER] if environment.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1") else [_CHATTER, _NO_GPU]

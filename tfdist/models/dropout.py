@@ -1,5 +1,8 @@
 """Dropout whose mask is a function of (seed, step, layer, global sample index), so that it is the same on any number
-of replicas, after a restart, with and without XLA (Philox; FACTS: other generators differ under XLA).
+of replicas, after a restart, with and without XLA.
+
+The random words are Philox's: TensorFlow and XLA give the same ones, where their default generators differ. The floats are
+made of the words here, because TensorFlow takes a word's low 23 bits for a float and XLA its high 23.
 
 The caller of the model says where in the run it is: `with sample_position(SamplePosition(...)): model(x, ...)`.
 The model itself knows nothing of replicas.
@@ -14,8 +17,9 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-_PHILOX = 1  # the `alg` of StatelessRandomUniformV2
+_PHILOX = 1  # the `alg` of StatelessRandomUniformFullIntV2
 _WORDS_PER_COUNT = 4  # one Philox counter value yields four 32-bit words
+_FRACTION_BITS = 23  # of a float32: multiples of 2**-23 below 1 are exact
 
 
 class SamplePosition(NamedTuple):
@@ -45,21 +49,29 @@ def current_position() -> SamplePosition | None:
 
 def uniform_rows(position: SamplePosition, layer: str, shape: tuple[int, ...]) -> tf.Tensor:
     """Uniform float32 numbers in [0, 1) of `shape` [rows, ...]; row i depends on (seed, layer, step, first_row + i)."""
+    return rows_of_stream(stream_key(position.seed, layer), position.step, position.first_row, shape)
+
+
+def stream_key(seed: int, layer: str) -> tf.Tensor:
+    """The Philox key of a layer's stream: [1], uint64."""
+    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+    return tf.constant([int.from_bytes(digest[:8], "little")], tf.uint64)
+
+
+def rows_of_stream(key: tf.Tensor, step, first_row, shape: tuple[int, ...]) -> tf.Tensor:
+    """`uniform_rows` of the stream that has this key."""
     row_size = math.prod(shape[1:])
     counts_per_row = -(-row_size // _WORDS_PER_COUNT)
-    key = int.from_bytes(hashlib.sha256(f"{position.seed}/{layer}".encode()).digest()[:8], "little")
-    counter = tf.stack([
-        tf.cast(position.first_row, tf.uint64) * tf.constant(counts_per_row, tf.uint64),
-        tf.cast(position.step, tf.uint64),
-    ])  # fmt: skip
-    words = tf.raw_ops.StatelessRandomUniformV2(
+    first_count = tf.cast(first_row, tf.uint64) * tf.constant(counts_per_row, tf.uint64)
+    words = tf.raw_ops.StatelessRandomUniformFullIntV2(
         shape=[shape[0], counts_per_row * _WORDS_PER_COUNT],
-        key=tf.constant([key], tf.uint64),
-        counter=counter,
+        key=key,
+        counter=tf.stack([first_count, tf.cast(step, tf.uint64)]),
         alg=_PHILOX,
-        dtype=tf.float32,
+        dtype=tf.uint32,
     )
-    return tf.reshape(words[:, :row_size], shape)
+    high_bits = tf.bitwise.right_shift(words[:, :row_size], tf.constant(32 - _FRACTION_BITS, tf.uint32))
+    return tf.reshape(tf.cast(high_bits, tf.float32) * 2.0**-_FRACTION_BITS, shape)
 
 
 @keras.saving.register_keras_serializable(package="tfdist")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-# DESIGN: the numerics contract. (loss, variables); variables relative to max(largest entry, _SMALLEST_SCALE)
+# What counts as equal: (loss, variables); variables relative to max(largest entry, _SMALLEST_SCALE)
 _TOLERANCES = {"16": (3e-2, 3e-2), "float32": (1e-6, 2e-5), "float64": (1e-9, 1e-9)}
 _SMALLEST_SCALE = 1e-3
 _SEEDS = "seed/"

@@ -1,6 +1,6 @@
 """GPT-2 small: exactly 124,439,808 parameters (Radford et al. 2019). For a GPU.
 
-    tfdist train --config=configs/gpt2_124m.py --workdir=runs/gpt2 --config.data.source='files:corpus/**/*.txt'
+    tfdist train --config=gpt2_124m --workdir=runs/gpt2 --config.data.source='files:corpus/**/*.txt'
 
 The vocabulary is GPT-2's; until there is a BPE tokenizer the text is read as bytes, which use its first 258 entries.
 """

@@ -1,6 +1,6 @@
 """The shape of Llama 3.2 1B: 1,235,814,400 parameters. For GPUs with 80 GB.
 
-    tfdist train --config=configs/llama_1b.py --workdir=runs/llama --config.data.source='files:corpus/**/*.txt'
+    tfdist train --config=llama_1b --workdir=runs/llama --config.data.source='files:corpus/**/*.txt'
 
 The vocabulary is Llama's; until there is a BPE tokenizer the text is read as bytes, which use its first 258 entries.
 """

@@ -1,4 +1,4 @@
-"""The model of lm_tiny, trained asynchronously: tfdist launch --workers=3 --ps=2 -- train --config=configs/lm_ps.py"""
+"""The model of lm_tiny, trained asynchronously: tfdist launch --workers=3 --ps=2 -- train --config=lm_ps"""
 
 from tfdist.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, StrategyConfig, TrainConfig
 

@@ -1,6 +1,6 @@
 """What parameter servers are for: a table of a million rows, of which a step touches a few hundred.
 
-    tfdist launch --workers=2 --ps=2 -- python configs/recommender_ps.py --workdir=runs/recommender
+    tfdist launch --workers=2 --ps=2 -- python -m tfdist.configs.recommender_ps --workdir=runs/recommender
 
 A program of its own, not a config for `tfdist train`: two towers over clicks that it makes itself. Users and items are
 skewed, few come often. Every user belongs to one of 8 groups, every item too, and the pair of groups decides how likely a

@@ -1,6 +1,6 @@
 """A small byte-level language model of Python source code. It trains on a CPU in minutes.
 
-    tfdist train --config=configs/lm_tiny.py --workdir=runs/lm_tiny
+    tfdist train --config=lm_tiny --workdir=runs/lm_tiny
 
 Text: the source of the standard library of the running Python. Result on 2 CPU cores: 3.5 minutes,
 validation loss 1.45 nats per byte (docs/benchmarks.md).
