@@ -94,7 +94,7 @@ def columns_of(session, module) -> list[tuple[str, str]]:
 
 
 def assert_equal_to_one_device(cell: str, strategy: str, dtype: str, cells: tuple[str, ...] = ()) -> None:
-    """DESIGN: float64 to 1e-9; float32: loss to 1e-6, variables to 2e-5 of max(largest entry, 1e-3). `cells`: those that
+    """Equal: float64 to 1e-9; float32: loss to 1e-6, variables to 2e-5 of max(largest entry, 1e-3). `cells`: those that
     run together with it in one process; default: all of the strategy."""
     cells = cells or cells_of(strategy, dtype)
     together = cells_of("one_device", dtype) if cells == cells_of(strategy, dtype) else cells

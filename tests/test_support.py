@@ -132,5 +132,5 @@ def test_the_cells_behind_a_yes_pass(feature, name):
         strategy = {"Mirrored": "mirrored:2", "MultiWorkerMirrored": "multi_worker:2x1",
                     "ParameterServer": "parameter_server:1x2"}[name]  # fmt: skip
         if cell not in cells_of(strategy):
-            continue  # not among the programs that say steps_per_epoch
+            continue  # not among those that servers run
         assert_equal_to_stock_keras(cell, strategy, "float64", cells_of(strategy))

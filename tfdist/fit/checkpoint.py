@@ -1,4 +1,4 @@
-"""Checkpoints of `fit`: what DESIGN calls a checkpoint (checkpoint/store.py), with what `fit` itself keeps besides."""
+"""Checkpoints of `fit`: atomic, self-verifying folders (checkpoint/store.py), with what `fit` itself keeps besides."""
 
 import json
 import sys
