@@ -77,8 +77,22 @@ def main(folder: str) -> None:
     with refused("expected no gradient_accumulation_steps under parameter servers, found 2"):
         accumulating.fit(x, y, steps_per_epoch=1, verbose=0)
     assert len(model.fit(x, y, batch_size=4, steps_per_epoch=2, verbose=0).history["loss"]) == 1
+    with strategy.scope():
+        again = ComputesAgain([keras.Input((4,)), keras.layers.Dense(1)])
+        again.compile("sgd", "mse")
+    with refused("computes again after an update .* on ParameterServer: .*compute all gradients first"):
+        again.fit(x, y, verbose=0)
     assert_saved_and_loaded(model, folder)
     print("all is well")
+
+
+class ComputesAgain(keras.Sequential):
+    def train_step(self, data):
+        for _ in range(2):
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean(self(data[0]))
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
 
 
 def assert_saved_and_loaded(model, folder: str) -> None:

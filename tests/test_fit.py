@@ -33,6 +33,7 @@ TWO_WORKERS = (QUICK[0], QUICK[3], QUICK[6])
 ON_SERVERS = (
     QUICK[0], "single_batches", QUICK[1], QUICK[2], "infinite_dataset_with_steps", "one_model_inside_of_the_fit_of_another",
     "a_subclass_that_computes_its_own_loss_and_metrics", "compiled_by_xla", "rows_of_tables_with_sgd",
+    "variational_autoencoder", "sequence_to_sequence",
 )  # fmt: skip
 ALL_CHECKS_INSIDE = ("stock_dropout_differs_between_replicas",)
 TOLERANCES = {"float64": 1e-9, "float32": 2e-5}

@@ -86,6 +86,24 @@ SHOWN = {
         "fit_cells:a_train_step_of_its_own",
         "fit_cells:two_optimizers_in_a_train_step",
     ],
+    "`fit`: a `train_step` that computes again after an update (GANs)": [
+        "fit_cells:generative_adversarial_network",
+        "fit_cells:two_optimizers_in_a_train_step",
+    ],
+    "`fit`: models without `call`, logs of any name (results of metrics are those of all replicas)": [
+        "fit_cells:variational_autoencoder",
+        "fit_cells:logs_computed_from_results",
+    ],
+    "`fit`: tables under adaptive optimizers, where each look-up of a row counts by itself": [
+        f"fit_cells:{cell}"
+        for cell in (
+            "positions_that_each_replica_looks_up",
+            "tokens_that_repeat_and_rows_that_are_equal_by_chance",
+            "one_table_used_both_ways",
+            "tables_compiled_by_xla_or_run_eagerly",
+            "tables_looked_up_in_a_function_and_by_sparse_ids",
+        )
+    ],
     "`fit`: XLA (not with masks, batch normalisation or a `train_step` of one's own on several replicas)": [
         "fit_cells:compiled_by_xla",
         "fit_cells:compiled_by_xla_but_it_communicates",

@@ -247,7 +247,8 @@ class Adapter:
             self.checkpoint.restore(self.model, iterator)
 
     def _build_by_tracing(self, batch) -> None:
-        """Makes the variables of a model whose steps alone know them: it has no `call`, or one that Keras cannot follow."""
+        """Makes the variables of a model, and of its optimizers, that its steps alone know: it has no `call`, or one that
+        Keras cannot follow."""
         spec = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), batch)
         one = tf.constant(1)
         first = replica.Replica(
@@ -266,6 +267,9 @@ class Adapter:
         step = tf.function(lambda data: self.model.train_step(data), autograph=False)
         with self.strategy.scope(), first.computing(), fit_patches.made_by_tracing():
             step.get_concrete_function(spec)
+            for optimizer, variables, _ in first.updates:
+                if not optimizer.built:
+                    optimizer.build(variables)
 
     def _make(self, name: str, force: bool = False) -> Callable:
         function = getattr(self.model, f"{name}_function")

@@ -19,6 +19,7 @@ from tfdist.patches import graphs, servers
 from tfdist.patches.fit import Quirks
 from tfdist.patches.layers import ComponentVariables
 from tfdist.patches.server_optimizers import variables_of
+from tfdist.strategies import support
 from tfdist.strategies.sync import local_replica
 from tfdist.train import batch_norm, step
 
@@ -76,6 +77,11 @@ class Replica:
         self.state_began_with: set[int] = set()
         self.before: dict[int, tf.Tensor] = {}  # the step: what metrics held, by the id of their variable
         self._written: dict[int, keras.Variable] = {}
+
+    def nothing_updated(self) -> None:
+        """Raises `UserError` where a step of a worker computes again after an update, which the servers do at its end."""
+        if self.taken:
+            support.refuse(support.SEVERAL_UPDATES, "ParameterServer")
 
     def share(self, dtype) -> tf.Tensor:
         return tf.cast(self.rows / self.total, dtype)

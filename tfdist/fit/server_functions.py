@@ -219,7 +219,8 @@ class ServerSteps:
         given = list(zip(self.layer_seeds, seeds, strict=True))
         with (
             replica.computing(), servers.locals_in_place(zeros + given), servers.pulled_values(),
-            servers.tapes_of(pulled, model.trainable_variables), sample_position(SamplePosition(self.seed, step, 0)),
+            servers.tapes_of(pulled, model.trainable_variables, replica.nothing_updated),
+            sample_position(SamplePosition(self.seed, step, 0)),
         ):  # fmt: skip
             before = [servers.in_place(variable).tensor for variable in self.layer_state]
 

@@ -257,15 +257,16 @@ def tables(layers: list[keras.Layer], trainable: list[keras.Variable]) -> tuple[
 
 
 @contextlib.contextmanager
-def tapes_of(pulled: Pulled, variables: list[keras.Variable]):
-    """Inside, a GradientTape that somebody else makes (Keras' `train_step`) watches the values of `variables`, and can be
-    asked for the gradient of a `Table`.
+def tapes_of(pulled: Pulled, variables: list[keras.Variable], before_each: Callable[[], None]):
+    """Inside, a GradientTape that somebody else makes (Keras' `train_step`) calls `before_each` when it begins, watches the
+    values of `variables`, and can be asked for the gradient of a `Table`.
 
     What: `tf.GradientTape.__enter__` and `gradient`. Why: a tape watches variables by itself, tensors not.
     """
     stock_enter, stock_gradient = tf.GradientTape.__enter__, tf.GradientTape.gradient
 
     def enter(self):
+        before_each()
         tape = stock_enter(self)
         pulled.watch(tape, variables)
         return tape

@@ -15,6 +15,8 @@ GENERATORS = "`fit`: PyDataset, generators"
 MULTI_OPTIMIZER = "clipping or EMA inside of a MultiOptimizer"
 _INSIDE = "a norm, and the averages, are of all variables; pass Trainer(clip_norm=...)"
 
+SEVERAL_UPDATES = "`fit`: a `train_step` that computes again after an update (GANs)"
+OCCURRENCES = "`fit`: tables under adaptive optimizers, where each look-up of a row counts by itself"
 OF_FIT_NOT_ON_SERVERS = "`fit`: tfdist.fit.Checkpoint and SwapEMAWeights"
 _ALIKE = "each worker would run it by itself; write a tf.data.Dataset, which all read alike"
 
@@ -30,6 +32,8 @@ _ON_SERVERS = {
     "`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules": (
         "clipping, averages, decay and schedules yes; accumulation and loss scale no"
     ),
+    SEVERAL_UPDATES: "servers update when a step has ended; compute all gradients first",
+    OCCURRENCES: "the look-ups of a row in a batch count once, as their sum",
     OF_FIT_NOT_ON_SERVERS: "other workers' steps are on their way; use tfdist.Trainer, or save from on_epoch_end",
 }
 
@@ -75,6 +79,9 @@ TABLE: dict[str, dict[str, str]] = {
         ("`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules", YES, YES),
         ("`fit`: masks, sample and class weights, every reduction of losses, uneven batches", YES, YES),
         ("`fit`: a `train_step` of one's own (losses count by rows; what it clips itself stays per replica)", YES, YES),
+        (SEVERAL_UPDATES, YES, YES),
+        ("`fit`: models without `call`, logs of any name (results of metrics are those of all replicas)", YES, YES),
+        (OCCURRENCES, YES, YES),
         ("`fit`: XLA (not with masks, batch normalisation or a `train_step` of one's own on several replicas)", YES, YES),
         ("`fit`: callbacks; files and lines are the chief's, decisions everybody's", YES, YES),
         (OF_FIT_NOT_ON_SERVERS, YES, YES),
