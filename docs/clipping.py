@@ -9,7 +9,7 @@ The program clips its gradients (`global_clipnorm=1`). Model, data, seed and the
     tfdist       tfdist.Mirrored on two replicas
     stock        tf.distribute.MirroredStrategy on two replicas: each clips its own half, then the halves are added up
 
-Each run is a process of its own, because devices are set up once in a process. The replicas are two logical devices of the CPU.
+Each run is a process of its own, because devices are set up once in a process. The replicas are two logical CPU devices.
 """
 
 import argparse
