@@ -1,6 +1,6 @@
 """Draws the picture of the README: one program of Keras `fit`, trained three times, and the loss of each epoch.
 
-    python docs/clipping.py                        # half a minute; writes docs/images/clipping-light.png and -dark.png
+    python docs/clipping.py                        # half a minute; writes docs/images/clipping-{light,dark}.png
     python docs/clipping.py --epochs=2 --out=FOLDER
 
 The program clips its gradients (`global_clipnorm=1`). Model, data, seed and the order of the batches are the same each time:
@@ -113,6 +113,7 @@ def main() -> None:
         print(json.dumps(losses_of(options.run, options.epochs)))
         return
     losses = {run: in_a_process(run, options.epochs) for run in RUNS}
+    (options.out / "losses.json").write_text(json.dumps(losses))
     for page in INK:
         draw(losses, page, options.out / f"clipping-{page}.png")
     for run, values in losses.items():
