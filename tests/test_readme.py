@@ -73,6 +73,9 @@ def test_the_picture_is_there_for_light_and_dark_pages():
     for name in names:
         data = (ROOT / name).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) < SMALL_ENOUGH_BYTES, name
+    losses = json.loads(text_of("docs/images/losses.json"))
+    said = re.search(r"end at ([\d.]+), .* ends at ([\d.]+)\.", README).groups()
+    assert said == (f"{losses['tfdist'][-1]:.2f}", f"{losses['stock'][-1]:.2f}")
 
 
 @pytest.mark.slow
