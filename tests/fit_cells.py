@@ -990,6 +990,73 @@ def callbacks_that_read_and_set_the_optimizer(bench):
         bench.keep(f"seen/{i}", row)
 
 
+@cell
+def gradients_changed_by_hand(bench):
+    """Clipped, added up by hand, with a penalty that is a gradient itself, of each row by itself; and logged."""
+
+    class Model(keras.Model):
+        def __init__(self, kind):
+            super().__init__(name=kind)
+            self.kind, self.table, self.out = kind, keras.layers.Embedding(9, 4), keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.out(keras.ops.tanh(keras.ops.mean(self.table(x), 1)))
+
+        def loss_of(self, x, y):
+            return keras.ops.mean(keras.ops.square(self(x) - y))
+
+        def clipped(self, x, y):
+            with tf.GradientTape() as tape:
+                loss = self.loss_of(x, y)
+            gradients, norm = tf.clip_by_global_norm(tape.gradient(loss, self.trainable_variables), 0.1)
+            return loss, norm, gradients
+
+        def added(self, x, y):
+            with tf.GradientTape(persistent=True) as tape:
+                loss = self.loss_of(x, y)
+                other = keras.ops.mean(keras.ops.abs(self(x)))
+            kernel = self.out.kernel
+            gradients = [
+                tape.gradient(loss, kernel) + 0.5 * tape.gradient(other, {"kernel": kernel})["kernel"] + 0.1 * kernel
+            ]
+            return loss, other, [None, *gradients, None]
+
+        def penalised(self, x, y):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as inner:
+                    loss = self.loss_of(x, y)
+                (slope,) = inner.gradient(loss, [self.out.kernel])
+                penalty = keras.ops.sum(keras.ops.square(slope)) ** 2
+                loss = loss + penalty
+            return loss, penalty, outer.gradient(loss, self.trainable_variables)
+
+        def of_each_row(self, x, y):
+            with tf.GradientTape() as tape:
+                losses = keras.ops.square(self(x) - y)[:, 0]
+            rows = tape.jacobian(losses, self.out.kernel, experimental_use_pfor=False)
+            norms = keras.ops.sqrt(keras.ops.sum(keras.ops.square(rows), axis=(1, 2), keepdims=True))
+            mean = keras.ops.mean(rows / keras.ops.maximum(1.0, 4 * norms), axis=0)
+            return keras.ops.mean(losses), keras.ops.mean(norms), [None, mean, None]
+
+        def train_step(self, data):
+            loss, number, gradients = getattr(self, self.kind)(*data)
+            self.optimizer.apply(list(gradients), self.trainable_variables)
+            return {"loss": loss, "number": number}
+
+    x, y = bench.rng.integers(0, 9, (13, 3)).astype("int32"), bench.normal(13, 1)
+    for kind, eager in (
+        ("clipped", False),
+        ("clipped", True),
+        ("added", False),
+        ("penalised", False),
+        ("of_each_row", False),
+    ):
+        with bench.scope():
+            model = Model(kind)
+            model.compile(keras.optimizers.Adam(0.01), run_eagerly=eager)
+        bench.fit(model, x, y, batch_size=4)
+
+
 def make_strategy(name: str):
     import tfdist
 

@@ -59,7 +59,7 @@ class InForce:
                     fit_patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
                     fit_patches.means_of_replicas(replica.weight_of_mean),
                     fit_patches.updates_of_replicas(replica.in_replica, replica.apply_gradients, replica.apply_by_hand),
-                    fit_patches.gradients_of_replicas(replica.gradient_of_rows),
+                    fit_patches.gradients_of_replicas(replica.gradient_of_tape),
                     fit_patches.writes_noted(replica.note_written),
                     batch_norm_put_back(),
                 ):
@@ -267,7 +267,7 @@ class Adapter:
         step = tf.function(lambda data: self.model.train_step(data), autograph=False)
         with self.strategy.scope(), first.computing(), fit_patches.made_by_tracing():
             step.get_concrete_function(spec)
-            for optimizer, variables, _ in first.updates:
+            for optimizer, variables in first.updates:
                 if not optimizer.built:
                     optimizer.build(variables)
 

@@ -12,7 +12,7 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError, UserError
 from tfdist.fit.input import Input
-from tfdist.fit.replica import Communicates, ComputedFromResults, Replica, RowsAreKnown, Update
+from tfdist.fit.replica import Communicates, ComputedFromResults, Replica, RowsAreKnown
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches.fit import is_stock, quirks
 from tfdist.patches.layers import ComponentVariables, all_layers, metrics_of_layers, state_of_layers
@@ -40,12 +40,13 @@ class Steps:
         self.jit_compile = bool(model.jit_compile) and not model.run_eagerly
         self.metrics_of_model = metrics_of(model)
         self.metrics = _each_once([variable for metric in self.metrics_of_model for variable in metric.variables])
+        self.own_step = not is_stock(model, "train_step")
         self.whole_results = bool(model.run_eagerly)  # in a step: see ComputedFromResults, which only a graph shows
         self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics), state.layer_seeds(model)
         self._bind()
         self.stop: Any = False  # see stop_requested
         self.done = 0  # steps
-        self.plan: list[list[Update]] | None = None  # see _plan
+        self.plan: list[list] | None = None  # see _plan
         self.planned = strategy.num_replicas == 1  # whether a step that runs eagerly has tried to make one
         self.logged: dict[str, Any] = {}  # by the last traced step: which result of which metric each log is, if it is one
 
@@ -69,32 +70,33 @@ class Steps:
     def build_optimizers(self, element_spec) -> None:
         """Those that a `train_step` of the model's own uses: it alone knows for which variables."""
         unbuilt = [one for one in optimizers_of(self.model) if not one.built]
-        if not unbuilt or is_stock(self.model, "train_step"):
+        if not unbuilt or not self.own_step:
             return
-        updates = self._updates(element_spec)
+        (first, *_) = self._traced(element_spec)
         with self.strategy.scope():
-            for optimizer, variables, _ in updates[0]:
+            for optimizer, variables in first.updates:
                 if not optimizer.built:
                     optimizer.build(variables)
         self._bind()
 
-    def _updates(self, element_spec) -> list[list[Update]]:
-        """What a step would update on each replica of this process, in order: it is traced, not run."""
-        updates: list[list[Update]] = [[] for _ in self.components]
+    def _traced(self, element_spec) -> list[Replica]:
+        """The replicas of this process after a step, which is traced, not run: they know what it would update."""
+        found: list[Any] = [None for _ in self.components]
 
         def on_replica(data):
             replica, batch = self._replica(data)
-            replica.updates = updates[replica.local]
+            replica.updates, found[replica.local] = [], replica
             with replica.computing():
                 self.model.train_step(batch)
 
         find = tf.function(lambda batch: self._run(on_replica, batch), autograph=False)
         find.get_concrete_function(element_spec)
-        return updates
+        return found
 
     def _plan(self, element_spec) -> None:
         """Finds out what the look-ups of a step have in common on several replicas: see `RowsAreKnown`."""
-        self.plan = self._updates(tf.nest.map_structure(_any_number_of_rows, element_spec))
+        replicas = self._traced(tf.nest.map_structure(_any_number_of_rows, element_spec))
+        self.plan = [replica.kinds for replica in replicas]
 
     def _plan_eager(self, batch) -> None:
         """The same for a step that runs eagerly, where no graph shows it. What cannot be traced has no plan."""
@@ -228,6 +230,7 @@ class Steps:
         replica = Replica(
             self.model, self.components[local], local, self.strategy.first_replica + local, self.strategy.num_replicas,
             rows[local], first_rows[local], total, fingerprint, self.quirks, self.metrics_of_model, self.whole_results,
+            self.own_step,
         )  # fmt: skip
         batch = tf.nest.map_structure(_without_optional, parts[local])
         replica.begins(batch)

@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -31,6 +31,9 @@ class Communicates(Exception):
     """A forward or backward pass that is being compiled needs a sum over the replicas in the middle."""
 
 
+Kinds = list[list[lookups.LookUp]]  # of each gradient: what it is made of; empty: it is dense
+
+
 class RowsAreKnown(Exception):
     """A step looks up ids that are constants in a graph of batches of one size, where what repeats for each row is one too:
     trace it with an unknown number of rows first, to see which do."""
@@ -38,14 +41,6 @@ class RowsAreKnown(Exception):
 
 class ComputedFromResults(Exception):
     """A step logs what is computed from the result of a metric: it needs that of all replicas while it runs."""
-
-
-class Update(NamedTuple):
-    """A call of `optimizer.apply` in a step."""
-
-    optimizer: keras.optimizers.Optimizer
-    variables: Any
-    kinds: list[list[lookups.LookUp]]  # of each gradient: what it is made of; empty: it is dense
 
 
 class Replica:
@@ -58,7 +53,7 @@ class Replica:
     def __init__(
         self, model: keras.Model, components: ComponentVariables, local: int, index: int, count: int,
         rows: tf.Tensor, first_row: tf.Tensor, total: tf.Tensor, fingerprint: tf.Tensor, quirks: Quirks,
-        metrics: Sequence[keras.Metric] = (), whole_results: bool = False,
+        metrics: Sequence[keras.Metric] = (), whole_results: bool = False, own_step: bool = False,
     ):  # fmt: skip
         self.model, self.components, self.quirks = model, components, quirks
         self.local, self.index, self.count = local, index, count
@@ -67,10 +62,12 @@ class Replica:
         self.reduced = False  # the gradients that an optimizer is given are sums over all replicas already
         self.deferred: list | None = None  # updates that wait for that sum: (apply, gradients, variables)
         self.taken: list | None = None  # where to put gradients instead of updating: (optimizer, gradients, variables)
-        self.updates: list[Update] | None = None  # where to note what would be updated, instead
+        self.updates: list | None = None  # where to note what would be updated, instead: (optimizer, variables)
         self.batch: list[tf.Tensor] = []  # what it was given, in the graph that is being traced
-        self.plan: list[Update] | None = None  # its updates, traced with an unknown number of rows; None: not done yet
-        self.num_updates = 0  # so far
+        self.kinds: list[Kinds] = []  # of the gradients of slices that were summed so far, in order
+        self.plan: list[Kinds] | None = None  # the same, traced with an unknown number of rows; None: not done yet
+        self.own_step = own_step  # the model's: gradients are summed where it takes them, whatever it does with them then
+        self.whole: dict[int, tf.Tensor] = {}  # gradients that are sums over all replicas, by their id
         self.metrics, self.whole_results = metrics, whole_results
         self.results: dict[int, tuple[keras.Metric, str | None, tf.Tensor]] = {}  # of metrics, in this step: by their id
         self.logged: dict[str, tuple[keras.Metric, str | None] | None] = {}  # each log: which result it is, if it is one
@@ -159,50 +156,91 @@ class Replica:
 
     def begins(self, batch) -> None:
         """A step, or what of it is compiled, begins to be traced on this batch."""
-        self.batch = tf.nest.flatten(batch, expand_composites=True)
-        self.num_updates = 0
+        self.batch = [leaf for leaf in tf.nest.flatten(batch, expand_composites=True) if leaf is not None]
+        self.kinds = []
 
-    def look_ups(self, gradients: list) -> tuple[list[list[lookups.LookUp]], list]:
-        """Of each gradient: what it is made of, empty for a dense one; and itself, or a list of its slices by look-up."""
+    def look_ups(self, gradients: list) -> tuple[Kinds, list]:
+        """Of each gradient: what it is made of; and itself, or a list of its slices by look-up."""
         if not any(isinstance(g, tf.IndexedSlices) for g in gradients):
             return [[] for _ in gradients], gradients
         if tf.executing_eagerly():
             return self._planned_look_ups(gradients)
-        own = {id(v.value.handle) for v in self._written.values()} | self._metric_state()
-        origins = lookups.Origins(self.batch, lambda handle: id(handle) in own)
+        origins = self._origins()
         found = [origins.look_ups(g) if isinstance(g, tf.IndexedSlices) else ([], g) for g in gradients]
         kinds, parts = [of for of, _ in found], [part for _, part in found]
-        if any(one.kind == lookups.SAME for of in kinds for one in of) and any(
-            leaf.shape[:1].num_elements() for leaf in self.batch
-        ):
-            kinds = [
-                [lookups.LookUp(known.kind, one.num_ids) for one, known in zip(of, known_of, strict=True)]
-                for of, known_of in zip(kinds, self._planned(), strict=True)
-            ]
+        some_alike = any(one.kind == lookups.SAME for of in kinds for one in of)
+        if some_alike and any(leaf.shape[:1].num_elements() for leaf in self.batch):
+            pairs = zip(kinds, self._planned(), strict=True)
+            kinds = [[lookups.LookUp(known.kind, one.num_ids) for one, known in zip(*of, strict=True)] for of in pairs]
+        self.kinds.append(kinds)
         return kinds, parts
 
-    def _planned(self) -> list[list[lookups.LookUp]]:
+    def _origins(self) -> lookups.Origins:
+        own = {id(v.value.handle) for v in self._written.values()} | self._metric_state()
+        return lookups.Origins(self.batch, lambda handle: id(handle) in own)
+
+    def _planned(self) -> Kinds:
         if self.plan is None:
             raise RowsAreKnown
-        self.num_updates += 1
-        return self.plan[self.num_updates - 1].kinds
+        return self.plan[len(self.kinds)]
 
-    def _planned_look_ups(self, gradients: list) -> tuple[list[list[lookups.LookUp]], list]:
+    def _planned_look_ups(self, gradients: list) -> tuple[Kinds, list]:
         if self.plan is None:
             raise UserError(
                 "fit: expected a train_step that tf.function can trace, because it looks up tables and runs eagerly on "
                 "several replicas: the graph shows which look-ups they have in common; found one that it cannot; leave out "
                 "run_eagerly"
             )
-        kinds = [
-            list({one.kind: one for one in of}.values()) for of in self._planned()
-        ]  # in what order they come is not known
+        kinds = [list({one.kind: one for one in of}.values()) for of in self._planned()]  # their order is not known
+        self.kinds.append(kinds)
         if any(len(of) > 1 for of in kinds):
             raise UserError(
                 "fit: expected a table that is looked up in one way, found one that is looked up both for each row of the "
                 "batch and once for all of them, in a step that runs eagerly on several replicas; leave out run_eagerly"
             )
         return kinds, [[g] if of else g for g, of in zip(gradients, kinds, strict=True)]
+
+    def gradient(self, stock, target, sources, output_gradients, *args, **kwargs):
+        """What a tape gives in a step. Of a loss of each row, which a tape adds up: so that the sum by shares is right. In a
+        step of the model's own: the gradient of the global batch, because of what it may do with it."""
+        of_variables = [isinstance(one, (keras.Variable, tf.Variable)) for one in tf.nest.flatten(sources)]
+        if all(of_variables) and tf.is_tensor(target) and self._is_of_rows(target):
+            given = tf.ones_like(target) if output_gradients is None else output_gradients
+            output_gradients = given / self.share(given.dtype)
+        elif all(of_variables) and not tf.executing_eagerly():
+            self._check_means(tf.nest.flatten(target))
+        found = stock(target, sources, output_gradients, *args, **kwargs)
+        if not self.own_step or not any(of_variables):
+            return found
+        pairs = list(zip(of_variables, tf.nest.flatten(found), strict=True))
+        summed = iter(self.sum_of_gradients(*self.look_ups([g for of_variable, g in pairs if of_variable])))
+        whole = [next(summed) if of_variable else g for of_variable, g in pairs]
+        self.whole |= {id(_values(g)): _values(g) for (of_variable, _), g in zip(pairs, whole, strict=True) if of_variable}
+        return tf.nest.pack_sequence_as(sources, whole)
+
+    def _check_means(self, losses: list) -> None:
+        for loss in losses:
+            name = self._origins().sum_over_rows(loss) if tf.is_tensor(loss) else None
+            if name:
+                raise UserError(
+                    f"fit: expected losses that are means over the rows of a batch, found a sum over them ({name}), which "
+                    "several replicas would weigh as a mean; use keras.losses with reduction='sum', the loss of each row "
+                    "as it is, or keras.ops.mean"
+                )
+
+    def _is_of_rows(self, target: tf.Tensor) -> bool:
+        """Whether it has an entry for each row; not a number, or one for each task."""
+        known = {leaf.shape[0] for leaf in self.batch if leaf.shape.rank}
+        return bool(target.shape.rank) and any(size is None or size in known for size in target.shape)
+
+    def own(self, gradients: list) -> list:
+        """Those that no sum over the replicas is in, None for the others."""
+        return [None if g is None or self._is_whole(_values(g)) else g for g in gradients]
+
+    def _is_whole(self, values: tf.Tensor) -> bool:
+        if id(values) in self.whole or tf.executing_eagerly():
+            return bool(self.whole)
+        return graphs.reads(values, set(self.whole))
 
     # ---- between the replicas ----
 
@@ -213,13 +251,13 @@ class Replica:
         with self.components.suspended(self.model):
             return step.all_reduce([tf.identity(tensor) for tensor in tensors])
 
-    def sum_of_gradients(self, kinds: list[list[lookups.LookUp]], gradients: list) -> list:
+    def sum_of_gradients(self, kinds: Kinds, gradients: list) -> list:
         """The gradients of the global batch, from each replica's own: see `look_ups`."""
         each = itertools.chain.from_iterable(of or [None] for of in kinds)
         flat = list(zip(each, tf.nest.flatten(gradients), strict=True))
         dense = [g.values if look_up else g for look_up, g in flat if g is not None and _is_summed(look_up)]
         sparse = [g for look_up, g in flat if not _is_summed(look_up)]
-        summed = iter(self.sum([self._weighted(g) for g in dense]) if dense else [])
+        summed = iter(self._weighted_sum(dense) if dense else [])
         gathered = iter(self._gather([self._that_count(g) for g in sparse]))
 
         def total(look_up, gradient):
@@ -232,6 +270,20 @@ class Replica:
 
         totals = iter([total(*one) for one in flat])
         return [lookups.joined([next(totals) for _ in of]) if of else next(totals) for of in kinds]
+
+    def _weighted_sum(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Over all replicas, by their shares. Its gradient is of that form too: losses of all count by their shares."""
+        if not self.own_step:
+            return self.sum([self._weighted(tensor) for tensor in tensors])
+
+        @tf.custom_gradient
+        def total(*tensors):
+            def gradient(*upstream):
+                return self.sum([self._weighted(one) for one in upstream])
+
+            return self.sum([self._weighted(tensor) for tensor in tensors]), gradient
+
+        return total(*tensors)
 
     def _weighted(self, gradient: tf.Tensor) -> tf.Tensor:
         gradient = tf.convert_to_tensor(gradient)
@@ -348,20 +400,27 @@ def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
         return stock(gradients, variables)
     if replica.taken is not None:
         return replica.taken.append((optimizer, gradients, variables))
+    if replica.count > 1 and not replica.reduced:
+        own = replica.own(gradients)
+        kinds, parts = replica.look_ups(own)
+        if replica.deferred is not None:
+            return replica.deferred.append((stock, kinds, parts, variables))
+        summed = replica.sum_of_gradients(kinds, parts) if any(g is not None for g in own) else own
+        gradients = [g if mine is None else total for g, mine, total in zip(gradients, own, summed, strict=True)]
     if replica.updates is not None:
-        kinds = replica.look_ups(gradients)[0] if replica.count > 1 else [[] for _ in gradients]
-        return replica.updates.append(Update(optimizer, variables, kinds))
-    if replica.count == 1 or replica.reduced:
-        return stock(gradients, variables)
-    kinds, gradients = replica.look_ups(gradients)
-    if replica.deferred is not None:
-        return replica.deferred.append((stock, kinds, gradients, variables))
-    gradients = replica.sum_of_gradients(kinds, gradients)
-    replica.reduced = True  # an optimizer inside of this one is given sums
+        return replica.updates.append((optimizer, variables))
+    before, replica.reduced = replica.reduced, True  # an optimizer inside of this one is given sums
     try:
         return stock(gradients, variables)
     finally:
-        replica.reduced = False
+        replica.reduced = before
+
+
+def gradient_of_tape(stock, target, sources, output_gradients=None, *args, **kwargs):
+    replica = _several()
+    if replica is None:
+        return stock(target, sources, output_gradients, *args, **kwargs)
+    return replica.gradient(stock, target, sources, output_gradients, *args, **kwargs)
 
 
 def apply_by_hand(stock, optimizer, gradients: list, variables) -> None:
@@ -383,16 +442,9 @@ def apply_by_hand(stock, optimizer, gradients: list, variables) -> None:
     strategy.run(on_replica, args=(gradients,))
 
 
-def gradient_of_rows(target: tf.Tensor) -> tf.Tensor | None:
-    """The weight of a loss of each row, which makes its sum over this replica's rows the mean that gradients are taken for.
-    None for one that is not of rows: a number, or a number for each task."""
-    replica = _several()
-    if replica is None or not target.shape.rank or target.shape.rank is None:
-        return None
-    known = {leaf.shape[0] for leaf in replica.batch if leaf.shape.rank}
-    of_rows = None in target.shape or any(size in known for size in target.shape)
-    return 1 / replica.share(target.dtype) if of_rows else None
-
-
 def _is_summed(look_up: lookups.LookUp | None) -> bool:
     return look_up is None or look_up.kind == lookups.SAME
+
+
+def _values(gradient) -> tf.Tensor | None:
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient

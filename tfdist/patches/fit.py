@@ -1,6 +1,7 @@
 """Keras `fit`: in force while a method of a model made under a tfdist scope runs (fit/adapter.py), undone after it."""
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -229,25 +230,33 @@ def updates_of_replicas(in_replica: Callable[[], bool], apply: Callable, by_hand
 
 
 @contextlib.contextmanager
-def gradients_of_replicas(weighted: Callable[[tf.Tensor], tf.Tensor | None]):
-    """Inside, the gradient of a tensor with respect to variables is that of the sum of its entries times `weighted(tensor)`,
-    None: 1.
+def gradients_of_replicas(gradient: Callable):
+    """Inside, `tape.gradient(target, sources, ...)` is `gradient(stock, target, sources, ...)`.
 
-    What: `tf.GradientTape.gradient`. Why: the gradient of a loss that is not reduced is a sum over rows, where every other
-    one is a mean over them. Versions: TensorFlow 2.19-2.21.
+    What: `tf.GradientTape.gradient`, not inside of `jacobian`. Why: only there can be seen what a gradient is of, and what a
+    `train_step` does with it afterwards (clipping, norms) has to be done with that of the global batch. Versions: TensorFlow
+    2.19-2.21.
     """
     stock = tf.GradientTape.gradient
+    alone = contextvars.ContextVar("alone", default=False)  # in a Jacobian, which takes many gradients of its own
 
-    def gradient(self, target, sources, output_gradients=None, *args, **kwargs):
-        of_variables = all(isinstance(one, (keras.Variable, tf.Variable)) for one in tf.nest.flatten(sources))
-        if of_variables and tf.is_tensor(target):
-            weight = weighted(target)
-            if weight is not None:
-                given = tf.ones_like(target) if output_gradients is None else output_gradients
-                output_gradients = given * weight
-        return stock(self, target, sources, output_gradients, *args, **kwargs)
+    def chosen(self, *args, **kwargs):
+        if alone.get():
+            return stock(self, *args, **kwargs)
+        return gradient(functools.partial(stock, self), *args, **kwargs)
 
-    with _replaced(tf.GradientTape, gradient=gradient):
+    def jacobian_by(stock_jacobian):
+        def jacobian(self, *args, **kwargs):
+            token = alone.set(True)
+            try:
+                return stock_jacobian(self, *args, **kwargs)
+            finally:
+                alone.reset(token)
+
+        return jacobian
+
+    jacobians = {name: jacobian_by(getattr(tf.GradientTape, name)) for name in ("jacobian", "batch_jacobian")}
+    with _replaced(tf.GradientTape, gradient=chosen, **jacobians):
         yield
 
 

@@ -32,7 +32,8 @@ _LOOK_EVERY_S = 0.2
 class ParameterServer:
     """Asynchronous training: workers read the variables, compute a step, and send gradients, each at its own pace.
 
-    Made by the chief alone; in a worker or a server this serves and never returns.
+    Made by the chief alone; in a worker or a server this serves and never returns. For each step a worker reads
+    each variable whole, but of a table that is only looked up just the rows that it needs.
 
     Args:
         cluster: who takes part; default: what the environment says (TF_CONFIG).

@@ -1,4 +1,4 @@
-"""Strategy x feature: the one table that drives the error text, the tests and the README."""
+"""Strategy x feature: the one table that drives the error text, the tests and docs/support.md."""
 
 import keras
 import tensorflow as tf
@@ -134,7 +134,7 @@ def jit_compile(setting: str, model: keras.Model) -> bool:
 
 
 def markdown() -> str:
-    """The table of the README; a test keeps the two equal."""
+    """The table of docs/support.md; a test keeps the two equal."""
     shown = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer")
     notes: list[str] = []
 
