@@ -127,6 +127,81 @@ for one in (strategy, OneDevice()):
     batches = [((X[:8], None),), ((X[8:], None),)]
     np.testing.assert_allclose(model.predict((batch for batch in batches), verbose=0), X.sum(1, keepdims=True), rtol=1e-5)
 
+
+# ---- what several replicas cannot do with the numbers of one is refused ----
+class Step(keras.Model):
+    def __init__(self, loss):
+        super().__init__()
+        self.dense, self.loss_of = keras.layers.Dense(1), loss
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(tf.square(self(data[0]) - data[1]))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+def counted(losses):
+    outside.update_state(losses)
+    return tf.reduce_mean(losses)
+
+
+class BothWays(keras.layers.Layer):
+    def build(self, _):
+        self.table = self.add_weight(shape=(3, 1))
+
+    def call(self, x):
+        return tf.gather(self.table, tf.cast(x > 0, tf.int32))[:, :, 0] + tf.gather(self.table, tf.range(3))[:, 0]
+
+
+class Unclear(BothWays):
+    def call(self, x):
+        cut = tf.boolean_mask(x, x[:, 0] > 0)
+        return x * tf.reduce_mean(tf.gather(self.table, tf.range(tf.shape(cut)[0]) % 3))
+
+
+class Added(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.sum(keras.ops.square(x)))
+        return x
+
+
+def refused(model, message: str, **options) -> None:
+    model.compile("sgd", "mse", **options)
+    with pytest.raises(ValueError, match=message):
+        model.fit(X, Y, verbose=0)
+
+
+def in_scope(make):
+    with strategy.scope():
+        return make()
+
+
+mean_twice = "fit: expected losses that are means over the rows of a batch, found a sum over them"
+refused(in_scope(lambda: Step(tf.reduce_sum)), mean_twice)
+refused(in_scope(lambda: Step(lambda losses: tf.nn.compute_average_loss(losses[:, 0], global_batch_size=20))), mean_twice)
+refused(in_scope(lambda: Step(lambda losses: 1.0 + 0.5 * tf.reduce_sum(losses, axis=[0, 1]))), mean_twice)
+refused(in_scope(lambda: keras.Sequential([keras.layers.Dense(1), Added()])), mean_twice)
+model = in_scope(dense)
+model.compile("sgd", lambda y_true, y_pred: keras.ops.sum(keras.ops.abs(y_true - y_pred)))
+with pytest.raises(ValueError, match=mean_twice):
+    model.fit(X, Y, verbose=0)
+for loss in (tf.reduce_mean, lambda losses: tf.reduce_sum(losses) / tf.cast(tf.shape(losses)[0], losses.dtype)):
+    model = in_scope(lambda loss=loss: Step(loss))
+    model.compile("sgd")
+    model.fit(X, Y, verbose=0)
+with strategy.scope():
+    outside = keras.metrics.Mean(name="of_nobody")
+refused(
+    in_scope(lambda: Step(counted)),
+    "expected metrics that a step updates to be attributes of the model, found of_nobody/total",
+)
+refused(in_scope(lambda: keras.Sequential([BothWays(), keras.layers.Dense(1)])), "leave out run_eagerly", run_eagerly=True)
+refused(in_scope(lambda: keras.Sequential([Unclear(), keras.layers.Dense(1)])), "cannot tell whether it counts rows")
+
 # ---- TensorFlow's own names ----
 assert strategy.num_replicas_in_sync == 2 and not hasattr(strategy, "no_such_thing")
 for name in ("run", "reduce", "experimental_distribute_dataset"):

@@ -82,9 +82,10 @@ SHOWN = {
             "a_subclass_that_computes_its_own_loss_and_metrics",
         )
     ],
-    "`fit`: a `train_step` of one's own (losses count by rows; what it clips itself stays per replica)": [
+    "`fit`: a `train_step` of one's own (losses are means over rows; gradients are those of the global batch)": [
         "fit_cells:a_train_step_of_its_own",
-        "fit_cells:two_optimizers_in_a_train_step",
+        "fit_cells:gradients_changed_by_hand",
+        "fit_cells:masked_language_model",
     ],
     "`fit`: a `train_step` that computes again after an update (GANs)": [
         "fit_cells:generative_adversarial_network",

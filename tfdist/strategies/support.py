@@ -78,7 +78,11 @@ TABLE: dict[str, dict[str, str]] = {
         ("Keras `fit`, `evaluate`, `predict`, with the numbers of stock Keras on one device", YES, YES),
         ("`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules", YES, YES),
         ("`fit`: masks, sample and class weights, every reduction of losses, uneven batches", YES, YES),
-        ("`fit`: a `train_step` of one's own (losses count by rows; what it clips itself stays per replica)", YES, YES),
+        (
+            "`fit`: a `train_step` of one's own (losses are means over rows; gradients are those of the global batch)",
+            YES,
+            YES,
+        ),
         (SEVERAL_UPDATES, YES, YES),
         ("`fit`: models without `call`, logs of any name (results of metrics are those of all replicas)", YES, YES),
         (OCCURRENCES, YES, YES),
