@@ -94,10 +94,11 @@ class Origins:
 
     def _terms(self, node: Node) -> list[Node]:
         """What a loss is the sum of, but for factors that have nothing to do with the rows."""
-        if _makes(node, "Identity", "Cast", "Neg", "AddV2", "Sub", "AddN"):
+        if _makes(node, "Identity", "Cast", "Neg", "AddV2", "Sub", "AddN", "Pack"):
             return node.inputs()
-        if _makes(node, "Sum") and node.inputs()[0].tensor.shape.rank == 0:
-            return node.inputs()[:1]
+        if _makes(node, "Sum"):  # of one number, or of a list of losses
+            summed = node.inputs()[0]
+            return [summed] if summed.tensor.shape.rank == 0 or _makes(summed, "Pack") else []
         if _makes(node, "Mul"):
             one, other = node.inputs()
             return [of for of, factor in ((one, other), (other, one)) if not self._may_depend(factor)]
