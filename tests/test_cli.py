@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from processes import finish, run, start, tfdist
+from processes import finish, run, run_forked, start, tfdist
 
 from tfdist.checkpoint import store
 from tfdist.metrics.writers import read_rows
@@ -322,9 +322,6 @@ def _slow(*case):
     ],
 )
 def test_bad_input_is_one_line_with_its_code(source, tmp_path, arguments, env, code, expected):
-    done = tfdist_with(env, "train", CONFIG, source, f"--workdir={tmp_path / 'run'}", *arguments)
+    begin = run if "KERAS_BACKEND" in env else run_forked
+    done = begin(["-m", "tfdist.cli", "train", CONFIG, source, f"--workdir={tmp_path / 'run'}", *arguments], env)
     assert_one_line(done, code, expected)
-
-
-def tfdist_with(env, *arguments):
-    return run(["-m", "tfdist.cli", *arguments], env)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import finish, measured, run, start, tfdist
+from processes import finish, measured, run_forked, start, tfdist
 from test_launch import alive, assert_all_gone, group_of, parent_of, wait_until
 
 from tfdist.checkpoint import store
@@ -260,7 +260,7 @@ def test_asynchronous_training_ends_where_synchronous_does(tmp_path):
     for name in ("one_device", "parameter_server"):
         program = [str(HERE / "server_seeds.py"), str(tmp_path / f"{name}.json")]
         if name == "one_device":
-            done = run(program)
+            done = run_forked(program)
         else:
             done = finish(launch(2, 1, f"--log_dir={tmp_path}", "--", "python", *program), 240)
         assert done.returncode == 0, done.stderr
