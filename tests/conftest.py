@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if set(DEAR) & set(item.fixturenames):
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-    if config.getoption("numprocesses", 0):
+    if hasattr(config, "workerinput"):
         items[:] = _in_two_lanes(items)
 
 

@@ -27,6 +27,7 @@ SESSION = "TFDIST_TESTS_SESSION"  # names the folder that the processes of one p
 _IMPORT_S = 60.0
 _PEERS_END_S = 10.0
 _started: list["subprocess.Popen | Forked"] = []
+_reserved: list[socket.socket] = []
 
 
 def start(arguments: Sequence[str], env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -39,8 +40,18 @@ def start(arguments: Sequence[str], env: dict[str, str] | None = None) -> subpro
     return process
 
 
+def addresses(count: int) -> list[str]:
+    """On free ports, which nobody else gets from the system before the test has ended."""
+    reserved = [ports.reserve() for _ in range(count)]
+    _reserved.extend(reserved)
+    return [f"localhost:{s.getsockname()[1]}" for s in reserved]
+
+
 def kill_what_is_left() -> None:
-    """Of a test that failed half-way: the groups of its processes. What a launcher started goes with the launcher."""
+    """Of a test that failed half-way: the groups of its processes. What a launcher started goes with the launcher. And the
+    ports that it reserved."""
+    while _reserved:
+        _reserved.pop().close()
     while _started:
         process = _started.pop()
         if process.poll() is None:
@@ -125,10 +136,7 @@ def run_forked_cluster(
     """One fork for each task of a cluster on free ports, without launcher and supervisors; the chief comes first. When it,
     or one that fails, has ended, the others have a few seconds."""
     group = assign.Group(arguments, num_workers=workers, num_ps=servers)
-    reserved = [ports.reserve() for _ in range(workers + servers + bool(servers))]
-    clusters = assign.clusters(group, [f"localhost:{s.getsockname()[1]}" for s in reserved])
-    for s in reserved:
-        s.close()
+    clusters = assign.clusters(group, addresses(workers + servers + bool(servers)))
     own = {"TF_NUM_INTRAOP_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}  # as the launcher does
     processes = [fork(arguments, {"TF_CONFIG": cluster.to_tf_config(), **own}) for cluster in clusters]
     end_s, told = time.monotonic() + limit_s, False

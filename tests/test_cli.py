@@ -80,6 +80,7 @@ def test_help_and_usage_errors_are_instant_and_one_line(arguments, code, expecte
     assert len(errors) == (1 if code and arguments else 0), errors
 
 
+@pytest.mark.timed
 def test_help_takes_less_than_the_promised_time():
     best_s = float("inf")
     for _ in range(5):
