@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := .venv-2.19
 # so many tests at once: one more than CI has cores, because a third of them wait; those marked `timed` follow, one by one
 LANES ?= 3
-IN_LANES := -n $(LANES) --dist loadgroup --no-loadscope-reorder
+IN_LANES := -n $(LANES)
 PYTEST := $(BIN)/python -m pytest -q --durations=10
 
 .PHONY: demo test test-all test-matrix test-versions bench check format clean

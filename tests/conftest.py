@@ -1,6 +1,8 @@
 """Shared fixtures, and how the tests are dealt out. This process runs OneDevice only; other strategies run in processes of
 their own (results.py)."""
 
+import functools
+import json
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -51,7 +53,7 @@ def computed_together(metafunc, columns: Mapping[pairs.Column, Sequence[str]]) -
     """Parametrizes a test with every cell of the columns; those that one process computes go to one worker of pytest."""
     found = []
     for strategy, dtype, cell, together in pairs.in_parts(columns, IN_ONE_PROCESS):
-        group = pytest.mark.xdist_group(f"{metafunc.module.__name__}-{strategy}-{dtype}-{together[0]}")
+        group = pytest.mark.together(f"{metafunc.module.__name__}-{strategy}-{dtype}-{together[0]}")
         found.append(pytest.param(strategy, dtype, cell, together, marks=group, id=f"{strategy}-{dtype}-{cell}"))
     metafunc.parametrize(("strategy", "dtype", "cell", "together"), found)
 
@@ -79,9 +81,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "slow" not in item.keywords]
     for item in items:
         if set(DEAR) & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+            item.add_marker(pytest.mark.together(item.module.__name__))
     if hasattr(config, "workerinput"):
         items[:] = _in_two_lanes(items)
+        found = {item.nodeid: mark.args[0] for item in items if (mark := item.get_closest_marker("together"))}
+        path = session_folder() / f"groups-{config.workerinput['workerid']}.json"
+        path.write_text(json.dumps(found))
 
 
 def _in_two_lanes(items):
@@ -91,6 +96,23 @@ def _in_two_lanes(items):
         lanes[item.module.__name__ in WAITING].append(item)
     place = {id(item): (i + 0.5) / len(lane) for lane in lanes for i, item in enumerate(lane)}
     return sorted(items, key=lambda item: place[id(item)])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests with one mark `together` go to one worker of pytest, in the order of `_in_two_lanes`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return groups().get(nodeid, nodeid)
+
+    @functools.cache
+    def groups() -> dict[str, str]:  # as the workers, who have collected the tests, wrote them down
+        return json.loads(next(session_folder().glob("groups-*.json")).read_text())
+
+    config.option.loadscopereorder = False
+    return InGroups(config, log)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -18,7 +18,7 @@ from tfdist.metrics.writers import read_rows
 HERE = Path(__file__).parent
 REGRESSION = str(HERE / "regression.py")
 NUM_STEPS = 60
-WITH_UNDISTURBED = (pytest.mark.slow, pytest.mark.xdist_group("test_cluster_training"))
+WITH_UNDISTURBED = (pytest.mark.slow, pytest.mark.together("test_cluster_training"))
 
 
 @pytest.fixture(scope="module")
