@@ -3,20 +3,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-2.19
+# so many tests at once: one more than CI has cores, because a third of them wait; those marked `timed` follow, one by one
+LANES ?= 3
+IN_LANES := -n $(LANES)
+PYTEST := $(BIN)/python -m pytest -q --durations=10
 
-.PHONY: demo test test-all test-versions bench check format clean
+.PHONY: demo test test-all test-matrix test-versions bench check format clean
 
 demo: $(INSTALLED)  ## train a language model of Python source code, and show the result
 	$(BIN)/tfdist launch --workers=2 -- train --config=configs/lm_tiny.py --workdir=runs/demo
 
 test: $(INSTALLED)  ## the tests, in minutes
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST) $(IN_LANES) -m "not timed"
+	$(PYTEST) -m timed
 
-test-all: $(INSTALLED)  ## what `make test` leaves out: the whole matrix of strategies and features, the long faults
-	$(BIN)/python -m pytest -q --slow -m slow --durations=25
+test-all: $(INSTALLED)  ## what `make test` leaves out: every feature on every strategy, the long faults
+	@begun=$$(date +%s); set -x; $(PYTEST) --slow $(IN_LANES) -m "slow and not timed" \
+		&& $(PYTEST) --slow -m "slow and timed" \
+		&& echo "make test-all: $$(($$(date +%s) - begun)) s in all"
+
+test-matrix: $(INSTALLED)  ## every cell on every strategy in both precisions, of which `make test-all` runs a choice
+	$(PYTEST) --slow --matrix $(IN_LANES) tests/test_equality.py tests/test_fit.py -k test_every_cell
 
 test-versions: $(OLDEST)/.installed  ## fit and what it replaces in Keras, at the other end of the supported versions
-	$(OLDEST)/bin/python -m pytest -q --slow tests/test_upstream.py tests/test_fit.py tests/test_fit_checkpoint.py \
+	$(OLDEST)/bin/python -m pytest -q --slow $(IN_LANES) tests/test_upstream.py tests/test_fit.py tests/test_fit_checkpoint.py \
 		-k "upstream or every_cell and mirrored:2-float64 or interrupted"
 
 bench: $(INSTALLED)  ## the table of docs/benchmarks.md
@@ -31,7 +41,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .results build *.egg-info
 
 $(OLDEST)/.installed: setup.cfg setup.py
 	$(PYTHON) -m venv $(OLDEST)

@@ -1,10 +1,10 @@
 """Training runs that every strategy must agree on. Runs in a process of its own:
 
-    python tests/cells.py mirrored:2 float64 out.npz [CELL ...]
+    python tests/cells.py mirrored:2 float64 FOLDER CELL ...
 
-writes the losses of every step and every variable on every replica of those cells. `multi_worker:2x1`
-(workers x devices) is one worker of a cluster and writes out.npz.0, out.npz.1; `parameter_server:2x3x2` is one task of a
-cluster of 2 workers and 3 servers, that cuts each batch in 2.
+writes the losses of every step and every variable on every replica into FOLDER/CELL.0.npz. `multi_worker:2x1` (workers x
+devices) is one worker of a cluster, whose second one writes CELL.1.npz; `parameter_server:2x3x2` is one task of a cluster of
+2 workers and 3 servers, that cuts each batch in 2.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.config import ModelConfig
+from tfdist.models.dropout import Dropout
 from tfdist.models.transformer import TransformerLM, next_token_loss, token_accuracy, training_loss
 from tfdist.train.loss import Loss
 
@@ -206,6 +207,20 @@ def llama_parts_dropout_recompute_and_clipping_with_xla(bench: Bench) -> None:
 
 
 @cell
+def a_small_model_compiled_by_xla_with_dropout_and_accumulation(bench: Bench) -> None:
+    """XLA compiles each replica by itself, which takes long of a whole language model."""
+
+    def make_model():
+        dense = [keras.layers.Dense(n, dtype=bench.dtype) for n in (6, 1)]
+        return keras.Sequential([keras.Input((5,), dtype=bench.dtype), dense[0], Dropout(0.3, "hidden"), dense[1]])
+
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(size=(16, 5)), rng.normal(size=16), rng.choice([0.0, 1.0, 2.0], 16)) for _ in range(3)]
+    loss = lambda y, p: tf.square(p[:, 0] - y)  # noqa: E731
+    bench.train(make_model, adamw, loss, batches, clip_norm=0.5, jit_compile="on", accumulate_steps=2)
+
+
+@cell
 def accumulation_dropout_weights_and_a_step_without_any(bench: Bench) -> None:
     """Also uneven micro-batches, label smoothing and z-loss, metrics, and one step per loop."""
     batches = tokens([16, 16, 11], weights=True)
@@ -227,13 +242,14 @@ def empty_replicas_dropout_clip_by_norm_and_ema(bench: Bench) -> None:
 
 
 @cell
-def workers_of_unequal_speed_with_dropout_and_accumulation(bench: Bench) -> None:
+def workers_of_unequal_speed_with_dropout_recompute_and_accumulation(bench: Bench) -> None:
     """The first worker computes three times the rows of each other."""
     weights = bench.strategy.worker_weights
     if bench.strategy.num_workers > 1:
         bench.strategy.worker_weights = (3.0, *[1.0] * (bench.strategy.num_workers - 1))
     batches = tokens([16, 11], weights=True)
-    bench.train(lambda: bench.lm(dropout=0.2), adamw, next_token_loss, batches, accumulate_steps=2, clip_norm=1.0)
+    model = lambda: bench.lm(dropout=0.2, recompute=True)  # noqa: E731
+    bench.train(model, adamw, next_token_loss, batches, accumulate_steps=2, clip_norm=1.0)
     bench.strategy.worker_weights = weights
 
 
@@ -624,20 +640,21 @@ def make_strategy(name: str):
     return tfdist.OneDevice() if kind == "one_device" else tfdist.Mirrored(int(count))
 
 
-def main(name: str, dtype: str, out: str, *cell_names: str) -> None:
+def main(name: str, dtype: str, folder: str, *cell_names: str) -> None:
     tf.get_logger().setLevel("ERROR")  # every trainer traces its own loop
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # half of the time of such short runs
     strategy = make_strategy(name)
     keras.config.set_floatx(dtype)
-    arrays = {}
     for cell_name in cell_names:
+        keras.backend.clear_session()  # layers have the names that they have alone
         bench = Bench(strategy, dtype)
         started_s = time.perf_counter()
         CELLS[cell_name](bench)
         print(f"{cell_name}: {time.perf_counter() - started_s:.1f} s")
-        arrays |= {f"{cell_name}|{key}": value for key, value in bench.results.items()}
-    with open(f"{out}.{strategy.worker}", "wb") as file:
-        np.savez(file, **arrays)
+        out = f"{folder}/{cell_name}.{strategy.worker}"
+        with open(f"{out}.new", "wb") as file:
+            np.savez(file, **bench.results)
+        os.rename(f"{out}.new", f"{out}.npz")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Programs of Keras `fit` that know nothing of tfdist but the scope; run on one strategy, results in a file.
 
-    python tests/fit_cells.py stock float64 out.npz [CELL ...]
-    python tests/fit_cells.py mirrored:2 float64 out.npz [CELL ...]
+    python tests/fit_cells.py stock float64 FOLDER CELL ...
+    python tests/fit_cells.py mirrored:2 float64 FOLDER CELL ...
 
-`stock` is Keras without any strategy: the oracle.
+write FOLDER/CELL.0.npz, and other workers CELL.1.npz and so on. `stock` is Keras without any strategy: the oracle.
 """
 
 import contextlib
 import importlib.util
+import os
 import sys
 import time
 from unittest import mock
@@ -1070,21 +1071,21 @@ def make_strategy(name: str):
     return tfdist.MultiWorkerMirrored(num_devices=int(shape.partition("x")[2]))
 
 
-def main(name: str, dtype: str, out: str, *cell_names: str) -> None:
+def main(name: str, dtype: str, folder: str, *cell_names: str) -> None:
     tf.get_logger().setLevel("ERROR")
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # half of the time of such short runs
     strategy = None if name == "stock" else make_strategy(name)
     keras.config.set_floatx(dtype)
-    arrays = {}
     for cell_name in cell_names or CELLS:
         keras.backend.clear_session()
         bench = Bench(strategy, dtype)
         started_s = time.perf_counter()
         CELLS[cell_name](bench)
         print(f"{cell_name}: {time.perf_counter() - started_s:.1f} s")
-        arrays |= {f"{cell_name}|{key}": value for key, value in bench.results.items()}
-    with open(f"{out}.{strategy.worker if strategy else 0}", "wb") as file:
-        np.savez(file, **arrays)
+        out = f"{folder}/{cell_name}.{strategy.worker if strategy else 0}"
+        with open(f"{out}.new", "wb") as file:
+            np.savez(file, **bench.results)
+        os.rename(f"{out}.new", f"{out}.npz")
 
 
 if __name__ == "__main__":

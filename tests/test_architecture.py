@@ -129,3 +129,19 @@ def test_the_loop_stays_small():
     assert len(text.splitlines()) < 150
     whiles = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.While)]
     assert len(whiles) == 1 and "strategy is" not in text and "isinstance" not in text
+
+
+ROOMY = {  # tests with a limit that is many times what it takes: other tests beside them do no harm
+    "test_killed_and_restarted_again_and_again",
+    "test_every_step_is_counted_once_and_evaluation_is_exact",
+}
+
+
+def test_tests_with_a_time_limit_have_the_machine_to_themselves():
+    """Or other tests, which run beside them, would make them fail."""
+    for path in Path(__file__).parent.glob("test_*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name not in ROOMY:
+                body = "\n".join(map(ast.unparse, node.body))
+                has_limit = "measured(" in body or re.search(r"assert .*(time\.monotonic\(\) - \w+|best_s) <", body)
+                assert not has_limit or "pytest.mark.timed" in ast.unparse(node), f"{path.name}: {node.name}: mark it timed"

@@ -260,6 +260,7 @@ def test_any_address(host, port):
         '{"' * 400_000,
     ],
 )
+@pytest.mark.timed
 def test_hostile_ones_are_refused_quickly(text):
     with pytest.raises(TFConfigError):
         from_tf_config(text)

@@ -10,16 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import finish, measured, start, tfdist
+from processes import addresses, finish, measured, start, tfdist
 from test_launch import alive, assert_all_gone, group_of, parent_of, wait_until
 
 from tfdist.checkpoint import store
-from tfdist.cluster import ports
 from tfdist.metrics.writers import read_rows
 
 HERE = Path(__file__).parent
 REGRESSION = str(HERE / "regression.py")
 NUM_STEPS = 60
+WITH_UNDISTURBED = (pytest.mark.slow, pytest.mark.together("test_cluster_training"))
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,14 @@ def trains_again(workdir, process, starts: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "whom", ["launcher", pytest.param("one", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.slow)]
+    "whom",
+    [
+        pytest.param("launcher", marks=pytest.mark.timed),
+        pytest.param("one", marks=WITH_UNDISTURBED),
+        pytest.param("all", marks=WITH_UNDISTURBED),
+    ],
 )
-def test_sigterm_saves_the_same_step_everywhere_and_nothing_is_lost(undisturbed, train, tmp_path, whom):
+def test_sigterm_saves_the_same_step_everywhere_and_nothing_is_lost(train, tmp_path, whom, request):
     process = launch(*train, f"--workdir={tmp_path}")
     wait_for_step(tmp_path, 10, process)
     members = group_of(process)
@@ -137,13 +142,15 @@ def test_sigterm_saves_the_same_step_everywhere_and_nothing_is_lost(undisturbed,
         os.kill(pid, signal.SIGTERM)
     done = finish(process, 20)
     assert_all_gone(members, 1.0)
-    measured("SIGTERM -> all gone, saved", time.monotonic() - started_s, 8)
+    if whom == "launcher":
+        measured("SIGTERM -> all gone, saved", time.monotonic() - started_s, 8)
     assert done.returncode == 143, done.stderr
     stopped = max(losses(tmp_path))
     assert 10 <= stopped < NUM_STEPS and max(store.steps(tmp_path / "checkpoints")) == stopped
     if whom == "launcher":
         return
     # and on another number of workers: the losses of one device again, with each sample at its place
+    undisturbed = request.getfixturevalue("undisturbed")
     done = tfdist(*train[1:], f"--workdir={tmp_path}")
     assert done.returncode == 0 and f"restore at step {stopped}" in done.stderr
     expected = losses(undisturbed[0])
@@ -157,6 +164,7 @@ def test_sigterm_saves_the_same_step_everywhere_and_nothing_is_lost(undisturbed,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.timed
 def test_a_frozen_training_process_is_found(train, tmp_path, victim):
     more = ["--config.train.num_steps=1000000", "--config.cluster.heartbeat_timeout_s=3"]
     process = launch(*train, f"--workdir={tmp_path}", *more)
@@ -202,6 +210,7 @@ def test_a_killed_launcher_leaves_no_training_process(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_killed_worker_without_a_launcher(train, text_files, tmp_path):
     """Two plain `tfdist train` with TF_CONFIG, as on two machines: the survivor ends at once and says why."""
     processes = on_two_machines(train[2:], tmp_path)
@@ -217,13 +226,9 @@ def test_a_killed_worker_without_a_launcher(train, text_files, tmp_path):
 
 def on_two_machines(arguments, workdir, changed=()) -> list:
     """Starts the tasks of a cluster one by one; `changed` are further arguments of worker 1."""
-    reserved = [ports.reserve() for _ in range(2)]
-    addresses = [f"localhost:{s.getsockname()[1]}" for s in reserved]
-    for s in reserved:
-        s.close()
-    processes = []
+    members, processes = addresses(2), []
     for i in range(2):
-        config = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+        config = {"cluster": {"worker": members}, "task": {"type": "worker", "index": i}}
         more = [*changed] if i else []
         processes.append(start(
             ["-m", "tfdist.cli", "train", *arguments, f"--workdir={workdir}", "--config.train.num_steps=1000000", *more],
@@ -235,6 +240,7 @@ def on_two_machines(arguments, workdir, changed=()) -> list:
 # ---- mistakes ----
 
 
+@pytest.mark.timed
 def test_differing_configs_end_both_tasks_with_one_line(train, tmp_path):
     started_s = time.monotonic()
     done = [finish(p, 30) for p in on_two_machines(train[2:], tmp_path, ["--config.train.seed=7"])]

@@ -8,13 +8,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import computed_together
 from fit_cells import CELLS, ONE_PROCESS, OWN_RANDOMNESS
-from oracle import columns_of, results, run_two_at_a_time
-from processes import run
+from processes import run, run_forked
+from results import results
+from test_support import SHOWN
 
 import tfdist
 from tfdist.errors import UserError
 
+PROGRAM = "fit_cells.py"
 ALL = tuple(CELLS)
 STOCK = tuple(cell for cell in CELLS if cell not in OWN_RANDOMNESS)
 # a cross-section for the ordinary test run; all cells on all columns are slow
@@ -44,7 +47,7 @@ ROUNDED = (
 
 
 def cells_of(strategy: str, dtype: str = "float64") -> tuple[str, ...]:
-    """The cells that run together on a strategy; four replicas, which take long to trace, have the cross-section."""
+    """The cells of a strategy; four replicas, which take long to trace, have the cross-section."""
     if strategy == "mirrored:4":
         return QUICK
     if strategy.startswith("parameter_server"):
@@ -54,20 +57,26 @@ def cells_of(strategy: str, dtype: str = "float64") -> tuple[str, ...]:
     return tuple(cell for cell in ALL if cell not in left_out)
 
 
-COLUMNS = (
-    ("one_device", "float64"), ("mirrored:2", "float64"), ("mirrored:2", "float32"), ("mirrored:4", "float64"),
-    ("multi_worker:2x1", "float64"), ("parameter_server:1x2", "float64"),
-)  # fmt: skip
+COLUMNS = {(s, "float64"): cells_of(s) for s in ("one_device", "mirrored:2", "multi_worker:2x1", "parameter_server:1x2")} | {
+    ("mirrored:2", "float32"): cells_of("mirrored:2", "float32")
+}
+MATRIX = COLUMNS | {("mirrored:4", "float64"): cells_of("mirrored:4")}
+ACROSS = {("mirrored:2", "float64"): QUICK, ("multi_worker:2x1", "float64"): TWO_WORKERS}
 
 
-def assert_equal_to_stock_keras(
-    cell: str, strategy: str, dtype: str, cells: tuple[str, ...], of_stock: tuple[str, ...] = STOCK
-) -> None:  # fmt: skip
-    """Everything that a cell keeps; of a variable the copy of each replica of each worker. `cells` and `of_stock` run in
-    one process each."""
-    oracle = ("one_device", dtype, tuple(OWN_RANDOMNESS)) if cell in OWN_RANDOMNESS else ("stock", dtype, of_stock)
-    with ThreadPoolExecutor(2) as pool:
-        expected, found = pool.map(lambda run: results(*run, "fit_cells.py"), (oracle, (strategy, dtype, cells)))
+def pytest_generate_tests(metafunc):
+    if metafunc.function in (test_a_cross_section, test_every_cell):
+        whole = MATRIX if metafunc.config.getoption("--matrix") else COLUMNS
+        computed_together(metafunc, ACROSS if metafunc.function is test_a_cross_section else whole)
+
+
+def assert_equal_to_stock_keras(cell: str, strategy: str, dtype: str, together: tuple[str, ...]) -> None:
+    """Everything that a cell keeps; of a variable the copy of each replica of each worker. `together`: cells that are
+    computed with it, if nobody has yet."""
+    of_tfdist = {name for name in together if name in OWN_RANDOMNESS}
+    oracle = [name for name in together if (name in of_tfdist) == (cell in of_tfdist)]
+    expected = results(PROGRAM, "one_device" if cell in of_tfdist else "stock", dtype, oracle)
+    found = results(PROGRAM, strategy, dtype, together)
     keys = [key for key in expected if key.startswith(f"{cell}|")]
     assert cell in ALL_CHECKS_INSIDE or len(keys) > 3
     assert keys == [key for key in found if key.startswith(f"{cell}|")]
@@ -80,36 +89,28 @@ def assert_equal_to_stock_keras(
         assert apart.max(initial=0) <= tolerance * scale, (key, one, copies)
 
 
-@pytest.mark.parametrize("cell", QUICK)
-def test_two_replicas(cell):
-    assert_equal_to_stock_keras(cell, "mirrored:2", "float64", QUICK, QUICK)
-
-
-@pytest.mark.parametrize("cell", TWO_WORKERS)
-def test_two_workers(cell):
-    assert_equal_to_stock_keras(cell, "multi_worker:2x1", "float64", TWO_WORKERS, QUICK)
-
-
-@pytest.fixture(scope="module")
-def columns_of_one_process(request):
-    columns = columns_of(request.session, request.module)
-    keys = [("stock", dtype, STOCK) for _, dtype in columns] + [(*column, cells_of(*column)) for column in columns]
-    run_two_at_a_time((*key, "fit_cells.py") for key in keys)
+def test_a_cross_section(strategy, dtype, cell, together):
+    assert_equal_to_stock_keras(cell, strategy, dtype, together)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1900)
-@pytest.mark.usefixtures("columns_of_one_process")
-@pytest.mark.parametrize(
-    ("strategy", "dtype", "cell"), [(*column, cell) for column in COLUMNS for cell in cells_of(*column)]
-)
-def test_every_cell(strategy, dtype, cell):
-    assert_equal_to_stock_keras(cell, strategy, dtype, cells_of(strategy, dtype))
+@pytest.mark.timeout(900)  # whose turn it is computes the cells of a process, and perhaps waits for who computes the oracle
+def test_every_cell(strategy, dtype, cell, together):
+    assert_equal_to_stock_keras(cell, strategy, dtype, together)
+
+
+def test_every_feature_is_on_two_replicas_and_two_workers():
+    shown = [[name.partition(":")[2] for name in names if name.startswith("fit_cells:")] for names in SHOWN.values()]
+    for cells in filter(None, shown):
+        for strategy in ("mirrored:2", "multi_worker:2x1"):
+            refused = strategy != "mirrored:2" and set(cells) <= set(ONE_PROCESS)
+            assert refused or set(cells) & set(COLUMNS[strategy, "float64"]), (strategy, cells)
+    assert set(CELLS) == set(COLUMNS["mirrored:2", "float64"])
 
 
 @pytest.mark.slow
 def test_the_cells_do_train():
-    arrays = results("stock", "float64", STOCK, "fit_cells.py")
+    arrays = results(PROGRAM, "stock", "float64", STOCK)
     for cell in STOCK:
         losses = [arrays[key] for key in arrays if "/loss/" in key and key.startswith(f"{cell}|history/")]
         assert len(losses) < 2 or (np.isfinite(losses).all() and losses[0] != losses[-1]), cell
@@ -189,7 +190,7 @@ def test_nothing_stays_replaced():
 
 
 def test_what_users_do_around_fit_means_what_it_means_on_one_device():
-    done = run([str(Path(__file__).parent / "fit_by_hand.py")])
+    done = run_forked([str(Path(__file__).parent / "fit_by_hand.py")])
     assert done.returncode == 0 and done.stdout.endswith("all is well\n"), done.stderr[-4000:]
 
 

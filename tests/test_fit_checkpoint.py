@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from processes import LIMIT_S, finish, run, start
+from processes import LIMIT_S, finish, run_forked, start
 
 import tfdist
 from tfdist.checkpoint import store
@@ -188,7 +188,7 @@ def result(path):
 
 @slow
 def test_sigterm_saves_and_exits_with_143(tmp_path):
-    whole = run([JOB, str(tmp_path / "whole.npz")])
+    whole = run_forked([JOB, str(tmp_path / "whole.npz")])
     assert whole.returncode == 0, whole.stderr
     process = start([JOB, str(tmp_path / "stopped.npz"), str(tmp_path / "checkpoints"), "0.02"])
     deadline_s = time.monotonic() + LIMIT_S
@@ -197,7 +197,7 @@ def test_sigterm_saves_and_exits_with_143(tmp_path):
     process.send_signal(signal.SIGTERM)
     stopped = finish(process)
     assert stopped.returncode == 143, stopped.stderr
-    again = run([JOB, str(tmp_path / "stopped.npz"), str(tmp_path / "checkpoints"), "0"])
+    again = run_forked([JOB, str(tmp_path / "stopped.npz"), str(tmp_path / "checkpoints"), "0"])
     assert again.returncode == 0, again.stderr
     one, other = result(tmp_path / "whole.npz"), result(tmp_path / "stopped.npz")
     assert all((one[key] == other[key]).all() for key in one) and list(one) == list(other)

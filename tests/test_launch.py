@@ -7,14 +7,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import finish, measured, start
+from processes import addresses, finish, measured, start
 
 from tfdist.cli.processes import main as processes_command
 from tfdist.cluster.spec import Task
@@ -253,6 +252,7 @@ def test_budget():
 
 
 @pytest.mark.parametrize("task", [_slow("worker0"), "worker1"])
+@pytest.mark.timed
 def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
     process = launch(tmp_path, "--workers=3")
     programs = dict(zip(("worker0", "worker1", "worker2"), pids(tmp_path, "worker-0", "worker-1", "worker-2"), strict=True))
@@ -276,6 +276,7 @@ def test_a_dead_supervisor_ends_the_group(tmp_path, task):
     assert finish(process, 5).returncode == 137
 
 
+@pytest.mark.timed
 def test_a_killed_launcher_leaves_nobody(tmp_path):
     process = launch(tmp_path, "--workers=2", "--evaluator", actors=("worker1:orphan",))
     pids(tmp_path, "worker-0", "worker-1", "evaluator-0")
@@ -297,6 +298,7 @@ def test_what_a_program_started_goes_with_it(tmp_path):
 # ---- freezing and standing still ----
 
 
+@pytest.mark.timed
 def test_a_frozen_worker_is_found_and_all_stacks_are_written(tmp_path):
     process = launch(tmp_path, "--workers=2", actors=("worker1:freeze",))
     pids(tmp_path, "worker-0", "worker-1")
@@ -331,6 +333,7 @@ def test_a_frozen_supervisor_is_found(tmp_path, task):
     assert_all_gone(members, 1.0)
 
 
+@pytest.mark.timed
 def test_a_group_that_stands_still_is_found(tmp_path):
     """Actors do not wait for each other, so both have to stand still; who has done less is to blame."""
     process = launch(tmp_path, "--workers=2", actors=("worker0:stuck", "worker1:stuck"))
@@ -450,13 +453,10 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert finish(process, 10).returncode == 143
 
 
+@pytest.mark.timed
 def test_sigterm_while_a_peer_is_missing(tmp_path):
     """One task of two; the other never comes. It must end at once, not after start_timeout."""
-    with socket.create_server(("localhost", 0)) as server:
-        free = server.getsockname()[1]
-    config = json.dumps(
-        {"cluster": {"worker": [f"localhost:{free}", "localhost:1"]}, "task": {"type": "worker", "index": 0}}
-    )
+    config = json.dumps({"cluster": {"worker": [*addresses(1), "localhost:1"]}, "task": {"type": "worker", "index": 0}})
     process = start(["-m", "tfdist.cli", "supervise", "--", "python", ACTOR], {"TF_CONFIG": config})
     time.sleep(1.5)
     process.send_signal(signal.SIGTERM)
@@ -469,10 +469,9 @@ def test_sigterm_while_a_peer_is_missing(tmp_path):
 # ---- starting ----
 
 
+@pytest.mark.timed
 def test_a_missing_peer_is_one_line_in_time(tmp_path):
-    reserved = launcher.ports.reserve()
-    mine = f"localhost:{reserved.getsockname()[1]}"
-    config = json.dumps({"cluster": {"worker": [mine, "localhost:1"]}, "task": {"type": "worker", "index": 0}})
+    config = json.dumps({"cluster": {"worker": [*addresses(1), "localhost:1"]}, "task": {"type": "worker", "index": 0}})
     started_s = time.monotonic()
     done = finish(
         start(["-m", "tfdist.cli", "supervise", "--start-timeout-s=2", "--", "python", ACTOR], {"TF_CONFIG": config}), 10

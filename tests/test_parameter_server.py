@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import finish, measured, run, start, tfdist
+from processes import addresses, finish, measured, run_forked, start, tfdist
 from test_launch import alive, assert_all_gone, group_of, parent_of, wait_until
 
 from tfdist.checkpoint import store
-from tfdist.cluster import ports
 
 HERE = Path(__file__).parent
 METRICS = "metrics.jsonl"
@@ -109,10 +108,7 @@ def assert_goes_on(workdir, step: int, to_step: int) -> None:
 
 def by_hand(arguments: list[str]) -> list:
     """`tfdist train` with TF_CONFIG as on three machines: the chief, a worker, a server."""
-    reserved = {job: ports.reserve() for job in ("chief", "worker", "ps")}
-    cluster = {job: [f"localhost:{s.getsockname()[1]}"] for job, s in reserved.items()}
-    for s in reserved.values():
-        s.close()
+    cluster = {job: addresses(1) for job in ("chief", "worker", "ps")}
     return [
         start(
             ["-m", "tfdist.cli", "train", *arguments],
@@ -123,6 +119,7 @@ def by_hand(arguments: list[str]) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
     limits = ("--heartbeat_timeout_s=3", "--start_timeout_s=60", f"--log_dir={tmp_path / 'logs'}")
     process = launch(2, 1, "--max-restarts=2", *limits, "--", "python", str(HERE / "server_rows.py"), str(tmp_path))
@@ -165,6 +162,7 @@ def test_a_worker_that_is_killed_or_frozen_costs_nothing(train, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "number"), [("ps 0", signal.SIGSTOP), ("chief 0", signal.SIGKILL)])
+@pytest.mark.timed
 def test_a_lost_server_or_chief_restarts_all_from_the_checkpoint(train, tmp_path, task, number):
     process = launch(2, 2, "--max-restarts=1", *train, f"--workdir={tmp_path}", "--config.train.num_steps=200")
     wait_for_step(tmp_path, 25, process)
@@ -260,7 +258,7 @@ def test_asynchronous_training_ends_where_synchronous_does(tmp_path):
     for name in ("one_device", "parameter_server"):
         program = [str(HERE / "server_seeds.py"), str(tmp_path / f"{name}.json")]
         if name == "one_device":
-            done = run(program)
+            done = run_forked(program)
         else:
             done = finish(launch(2, 1, f"--log_dir={tmp_path}", "--", "python", *program), 240)
         assert done.returncode == 0, done.stderr

@@ -3,21 +3,15 @@
 import importlib
 
 import pytest
-from cells import CELLS, ON_TWO_REPLICAS_ONLY
-from conftest import STRATEGIES
-from oracle import assert_equal_to_one_device
-from oracle import cells_of as cells_of_matrix
-from test_fit import assert_equal_to_stock_keras, cells_of
+from cells import CELLS
 
 from tfdist.errors import UserError
 from tfdist.strategies import support
 
-COLUMNS = {
-    "Mirrored": [name for name in STRATEGIES if name.startswith("mirrored")],
-    "MultiWorkerMirrored": [name for name in STRATEGIES if name.startswith("multi_worker")],
-    "ParameterServer": ["parameter_server:1x2"],
-}
+STRATEGIES = ("OneDevice", "Mirrored", "MultiWorkerMirrored", "ParameterServer")
 LLAMA = "llama_parts_dropout_recompute_and_clipping_with_xla"
+XLA = "a_small_model_compiled_by_xla_with_dropout_and_accumulation"
+RECOMPUTE = "workers_of_unequal_speed_with_dropout_recompute_and_accumulation"
 ACCUMULATION = "accumulation_dropout_weights_and_a_step_without_any"
 EMPTY = "empty_replicas_dropout_clip_by_norm_and_ema"
 DENSE = "dense_model_with_l2_momentum_and_clip_by_value"
@@ -33,7 +27,7 @@ SHOWN = {
     "clipping (norm, global norm, value)": [EMPTY, LLAMA, DENSE],
     "uneven last batch, empty replica, step without weight": [EMPTY, ACCUMULATION],
     "pipelines that end at different steps: all finish together": ["pipelines_that_end_at_different_steps"],
-    "dropout of tfdist models, equal to one device": [EMPTY, ACCUMULATION, LLAMA],
+    "dropout of tfdist models, equal to one device": [EMPTY, ACCUMULATION, LLAMA, RECOMPUTE, XLA],
     "stock Keras random layers (differ between replicas, not equal to one device)": [
         "test_equality:test_replicas_draw_different_masks_in_stock_layers",
         "test_trainer:test_stock_dropout_differs_between_steps_and_is_the_same_again",
@@ -46,8 +40,8 @@ SHOWN = {
     "sparse gradients of embeddings (reduced as dense ones)": [RECURRENT, "rows_of_embeddings_with_sgd_and_adagrad"],
     "recurrent and convolution layers": [RECURRENT, CONVOLUTION],
     "label smoothing, z-loss": [ACCUMULATION],
-    "activation recompute": [LLAMA],
-    "XLA inside the replica": [LLAMA],
+    "activation recompute": [LLAMA, RECOMPUTE],
+    "XLA inside the replica": [LLAMA, XLA],
     "mixed_bfloat16 (equal within 16 bits)": ["mixed_bfloat16"],
     "mixed_float16 with dynamic loss scaling (equal within 16 bits)": ["mixed_float16_with_an_overflow_on_one_replica"],
     "steps that are not finite: skipped by all, named": ["a_step_that_is_not_finite_is_skipped_by_all"],
@@ -121,13 +115,18 @@ SHOWN = {
     ],
     "`fit`: PyDataset, generators": ["fit_cells:sequences_and_generators"],
 }
-YES = [(feature, name) for feature, row in support.TABLE.items() for name in COLUMNS if row[name] == support.YES]
+# what cells of the matrix show; which of them run on which layouts: pairs.py
+FEATURES = {
+    feature: tuple(name for name in shown if ":" not in name)
+    for feature, shown in SHOWN.items()
+    if any(":" not in name for name in shown)
+}
 
 
 @pytest.mark.parametrize("feature", support.TABLE)
 def test_every_feature_is_shown_or_refused(feature):
     row = support.TABLE[feature]
-    if any(row[name] == support.YES for name in ("OneDevice", *COLUMNS)):
+    if any(row[name] == support.YES for name in STRATEGIES):
         for shown in SHOWN[feature]:
             module, colon, test = shown.partition(":")
             assert hasattr(importlib.import_module(module), test) if colon else shown in CELLS, shown
@@ -136,20 +135,3 @@ def test_every_feature_is_shown_or_refused(feature):
             with pytest.raises(UserError) as refusal:
                 support.refuse(feature, name)
             assert reason in str(refusal.value)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(700)
-@pytest.mark.parametrize(("feature", "name"), YES)
-def test_the_cells_behind_a_yes_pass(feature, name):
-    """With the results of test_equality.py in the same session."""
-    for cell in [shown for shown in SHOWN[feature] if ":" not in shown]:
-        for strategy in COLUMNS[name]:
-            if cell in cells_of_matrix(strategy, "float64") and cell not in ON_TWO_REPLICAS_ONLY:
-                assert_equal_to_one_device(cell, strategy, "float64")
-    for cell in [shown.partition(":")[2] for shown in SHOWN[feature] if shown.startswith("fit_cells:")]:
-        strategy = {"Mirrored": "mirrored:2", "MultiWorkerMirrored": "multi_worker:2x1",
-                    "ParameterServer": "parameter_server:1x2"}[name]  # fmt: skip
-        if cell not in cells_of(strategy):
-            continue  # not among those that servers run
-        assert_equal_to_stock_keras(cell, strategy, "float64", cells_of(strategy))

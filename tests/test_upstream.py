@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from processes import run
+from processes import run_forked, run_forked_cluster
 from stock import FOUND
 
 pytestmark = [pytest.mark.upstream, pytest.mark.slow]
@@ -17,11 +17,9 @@ pytestmark = [pytest.mark.upstream, pytest.mark.slow]
 def found(kind: str) -> dict[str, str]:
     with TemporaryDirectory() as folder:
         program = [str(Path(__file__).parent / "stock.py"), kind, f"{folder}/found"]
-        if kind == "multi_worker":
-            program = ["-m", "tfdist.cli", "launch", "--workers=2", f"--log_dir={folder}", "--", "python", *program]
-        done = run(program, limit_s=200)
+        done = run_forked_cluster(program, workers=2) if kind == "multi_worker" else [run_forked(program)]
         files = sorted(Path(folder).glob("found.*"))
-        assert files, done.stderr[-4000:]
+        assert files, done[0].stderr[-4000:]
         return json.loads(files[0].read_text())
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import planted
 import pytest
-from processes import run, tfdist
+from processes import run, run_forked, tfdist
 
 from tfdist.errors import UserError
 from tfdist.verification import compare, subject
@@ -24,6 +24,17 @@ BUGS = {  # planted bug -> (the first tensor that differs, a word of the likely 
 }
 
 
+@pytest.fixture
+def in_forks(monkeypatch):
+    """Records in forks: what is planted is not in how processes start."""
+
+    def record(program, strategy):
+        done = run_forked(program)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr("tfdist.verification.run._finish", record)
+
+
 def run_verify(strategy="mirrored:2", model=planted.build, loss=planted.loss, **options):
     return verify(
         model, planted.data, loss, optimizer_fn=planted.optimizer, strategies=[strategy], num_steps=3,
@@ -33,7 +44,7 @@ def run_verify(strategy="mirrored:2", model=planted.build, loss=planted.loss, **
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found_and_named(bug, monkeypatch):
+def test_a_planted_bug_is_found_and_named(bug, monkeypatch, in_forks):
     monkeypatch.setenv("PLANT", bug)
     report = run_verify()
     tensor, cause = BUGS[bug]
@@ -53,7 +64,7 @@ def test_what_is_equal_is_equal():
 
 
 @pytest.mark.slow
-def test_a_seed_that_stock_layers_share_is_named(monkeypatch):
+def test_a_seed_that_stock_layers_share_is_named(monkeypatch, in_forks):
     monkeypatch.setenv("PLANT", "same_seed_in_stock_layers")
     report = run_verify(model=planted.with_stock_dropout)
     assert "seed: replicas draw the same" in str(report) and report.exit_code == 7
@@ -68,7 +79,7 @@ def test_every_feature_on_two_workers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16", "own"])
-def test_other_precisions(dtype):
+def test_other_precisions(dtype, in_forks):
     report = run_verify(dtype=dtype)
     assert report.equal and report.tolerances[0] == (1e-6 if dtype == "own" else 3e-2), str(report)
 
