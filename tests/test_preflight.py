@@ -2,10 +2,10 @@
 ports are real."""
 
 import asyncio
-import os
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 import time
 
