@@ -16,10 +16,11 @@ import tensorflow as tf
 from tfdist import files
 from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
-from tfdist.fit import callbacks, replica
+from tfdist.fit import callbacks, hooks
 from tfdist.fit.checkpoint import Checkpoint
 from tfdist.fit.functions import Steps, metrics_of
 from tfdist.fit.input import Input
+from tfdist.fit.replica import Replica
 from tfdist.fit.server_functions import ServerSteps
 from tfdist.patches import check_versions, servers
 from tfdist.patches import fit as fit_patches
@@ -56,11 +57,11 @@ class InForce:
         with self.lock:
             if not self.depth:
                 for part in (
-                    fit_patches.losses_of_replicas(replica.in_replica, replica.reduce_loss),
-                    fit_patches.means_of_replicas(replica.weight_of_mean),
-                    fit_patches.updates_of_replicas(replica.in_replica, replica.apply_gradients, replica.apply_by_hand),
-                    fit_patches.gradients_of_replicas(replica.gradient_of_tape),
-                    fit_patches.writes_noted(replica.note_written),
+                    fit_patches.losses_of_replicas(hooks.in_replica, hooks.reduce_loss),
+                    fit_patches.means_of_replicas(hooks.weight_of_mean),
+                    fit_patches.updates_of_replicas(hooks.in_replica, hooks.apply_gradients, hooks.apply_by_hand),
+                    fit_patches.gradients_of_replicas(hooks.gradient_of_tape),
+                    fit_patches.writes_noted(hooks.note_written),
                     batch_norm_put_back(),
                 ):
                     self.stack.enter_context(part)
@@ -135,13 +136,13 @@ class Adapter:
 
     @contextlib.contextmanager
     def _parts(self) -> Iterator[None]:
-        alone = replica.alone() if self.strategy.num_servers else contextlib.nullcontext()
+        alone = hooks.alone() if self.strategy.num_servers else contextlib.nullcontext()
         make = {f"make_{name}_function": functools.partial(self._make, name) for name in ("train", "test", "predict")}
         layers = all_layers(self.model)
         with (
             fit_patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
-            fit_patches.activity_of_replicas(layers, replica.activity_loss),
-            fit_patches.results_of_replicas(metrics_of(self.model), replica.metric_result),
+            fit_patches.activity_of_replicas(layers, hooks.activity_loss),
+            fit_patches.results_of_replicas(metrics_of(self.model), hooks.metric_result),
             alone,
         ):
             yield
@@ -251,7 +252,7 @@ class Adapter:
         Keras cannot follow."""
         spec = tf.nest.map_structure(lambda leaf: leaf if leaf is None else tf.TensorSpec(leaf.shape, leaf.dtype), batch)
         one = tf.constant(1)
-        first = replica.Replica(
+        first = Replica(
             self.model,
             contextlib.nullcontext(),
             0,
@@ -263,11 +264,11 @@ class Adapter:
             tf.zeros([]),
             fit_patches.quirks(),
         )
-        first.updates = []
+        first.gradients.updates = []
         step = tf.function(lambda data: self.model.train_step(data), autograph=False)
         with self.strategy.scope(), first.computing(), fit_patches.made_by_tracing():
             step.get_concrete_function(spec)
-            for optimizer, variables in first.updates:
+            for optimizer, variables in first.gradients.updates:
                 if not optimizer.built:
                     optimizer.build(variables)
 

@@ -11,8 +11,10 @@ from absl import logging
 
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError, UserError
+from tfdist.fit.gradients import RowsAreKnown
 from tfdist.fit.input import Input
-from tfdist.fit.replica import Communicates, ComputedFromResults, Replica, RowsAreKnown
+from tfdist.fit.logs import ComputedFromResults
+from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches.fit import is_stock, quirks
 from tfdist.patches.layers import ComponentVariables, all_layers, metrics_of_layers, state_of_layers
@@ -74,7 +76,7 @@ class Steps:
             return
         (first, *_) = self._traced(element_spec)
         with self.strategy.scope():
-            for optimizer, variables in first.updates:
+            for optimizer, variables in first.gradients.updates:
                 if not optimizer.built:
                     optimizer.build(variables)
         self._bind()
@@ -85,7 +87,7 @@ class Steps:
 
         def on_replica(data):
             replica, batch = self._replica(data)
-            replica.updates, found[replica.local] = [], replica
+            replica.gradients.updates, found[replica.local] = [], replica
             with replica.computing():
                 self.model.train_step(batch)
 
@@ -96,7 +98,7 @@ class Steps:
     def _plan(self, element_spec) -> None:
         """Finds out what the look-ups of a step have in common on several replicas: see `RowsAreKnown`."""
         replicas = self._traced(tf.nest.map_structure(_any_number_of_rows, element_spec))
-        self.plan = [replica.kinds for replica in replicas]
+        self.plan = [replica.gradients.kinds for replica in replicas]
 
     def _plan_eager(self, batch) -> None:
         """The same for a step that runs eagerly, where no graph shows it. What cannot be traced has no plan."""
@@ -233,8 +235,8 @@ class Steps:
             self.own_step,
         )  # fmt: skip
         batch = tf.nest.map_structure(_without_optional, parts[local])
-        replica.begins(batch)
-        replica.plan = None if self.plan is None else self.plan[local]
+        replica.gradients.begin(batch)
+        replica.gradients.plan = None if self.plan is None else self.plan[local]
         return replica, batch
 
     def _train(self, data):
@@ -251,28 +253,28 @@ class Steps:
 
     def _logging(self, replica: Replica, step: Callable) -> Callable:
         """A step that notes what it logs, where the tensors are those that it has made."""
-        return step if replica.count == 1 else lambda batch: replica.note_logs(step(batch))
+        return step if replica.count == 1 else lambda batch: replica.logs.note(step(batch))
 
     def _train_in_two(self, replica: Replica, batch):
         """XLA before and after the reduction of the gradients, which it cannot hold."""
         if not is_stock(self.model, "train_step"):
             logging.log_first_n(logging.INFO, "fit: a train_step of one's own runs without XLA on several replicas", 1)
             return self._logging(replica, self.model.train_step)(batch)
-        updates = replica.deferred = []
+        updates = replica.gradients.deferred = []
 
         def forward_backward(batch):
             updates.clear()
-            replica.begins(batch)
-            logs = replica.note_logs(self.model.train_step(batch))
+            replica.gradients.begin(batch)
+            logs = replica.logs.note(self.model.train_step(batch))
             return logs, [gradients for _, _, gradients, _ in updates]
 
         logs, gradients = self._compiled(replica, forward_backward)(batch)
-        replica.deferred = None
+        replica.gradients.deferred = None
         for (apply, kinds, _, variables), own in zip(updates, gradients, strict=True):
-            summed = replica.sum_of_gradients(kinds, own)
-            replica.reduced = True
+            summed = replica.gradients.sum(kinds, own)
+            replica.gradients.reduced = True
             self._compiled(replica, lambda sums, apply=apply, variables=variables: apply(sums, variables))(summed)
-            replica.reduced = False
+            replica.gradients.reduced = False
         return logs
 
     def _test(self, data):
@@ -321,7 +323,7 @@ class Steps:
             return
         written = [*self.metrics, *self.layer_state]
         before = [tf.identity(variable.value) for variable in written]
-        replica.before = {id(variable): value for variable, value in zip(written, before, strict=True)}
+        replica.logs.before = {id(variable): value for variable, value in zip(written, before, strict=True)}
         yield
         for variable, value in zip(written, before, strict=True):
             variable.assign(tf.where(replica.rows > 0, variable.value, value))
@@ -349,7 +351,7 @@ class Steps:
         """What is not the result of a metric is the mean over all rows; the results come with `_agree`."""
         if replica.count == 1:
             return logs
-        self.logged = replica.logged
+        self.logged = replica.logs.logged
         others = {name: value for name, value in logs.items() if not self.logged[name]}
         means = replica.means([tf.convert_to_tensor(value) for value in others.values()])
         return dict(zip(others, means, strict=True)) | {_FINGERPRINT: replica.fingerprint}

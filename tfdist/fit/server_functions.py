@@ -14,7 +14,8 @@ from tfdist.cluster.link import supervisor
 from tfdist.errors import UserError
 from tfdist.fit.functions import metrics_of, optimizers_of
 from tfdist.fit.input import Input
-from tfdist.fit.replica import ComputedFromResults, Replica
+from tfdist.fit.logs import ComputedFromResults
+from tfdist.fit.replica import Replica
 from tfdist.models.dropout import SamplePosition, sample_position
 from tfdist.patches import server_optimizers, servers
 from tfdist.patches.fit import quirks
@@ -212,21 +213,21 @@ class ServerSteps:
         pulled = servers.Pulled(model.variables, by_rows)
         count = tf.constant(1)
         replica = Replica(model, pulled, 0, 0, 1, count, tf.constant(0, tf.int64), count, tf.zeros([]), self.quirks)
-        replica.taken = []
-        replica.metrics = metrics_of(model)
+        replica.gradients.taken = []
+        replica.logs.metrics = metrics_of(model)
         zeros = [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in self.metrics]
-        replica.state_began_with = {id(tensor) for _, tensor in zeros}
+        replica.logs.state_began_with = {id(tensor) for _, tensor in zeros}
         given = list(zip(self.layer_seeds, seeds, strict=True))
         with (
             replica.computing(), servers.locals_in_place(zeros + given), servers.pulled_values(),
-            servers.tapes_of(pulled, model.trainable_variables, replica.nothing_updated),
+            servers.tapes_of(pulled, model.trainable_variables, replica.gradients.nothing_updated),
             sample_position(SamplePosition(self.seed, step, 0)),
         ):  # fmt: skip
             before = [servers.in_place(variable).tensor for variable in self.layer_state]
 
             def run():
                 outputs = self._noted(replica, getattr(model, method)(batch))
-                gradients = [gradients for _, gradients, _ in replica.taken]
+                gradients = [gradients for _, gradients, _ in replica.gradients.taken]
                 own = [
                     [servers.in_place(variable).tensor for variable in of]
                     for of in (self.metrics, self.layer_state, self.layer_seeds)
@@ -235,16 +236,15 @@ class ServerSteps:
 
             run = tf.function(run, jit_compile=True, autograph=False) if self.jit_compile and not by_rows else run
             outputs, gradients, sums, after, seeds = run()
-            updates = [
-                (optimizer, own, variables) for (optimizer, _, variables), own in zip(replica.taken, gradients, strict=True)
-            ]
+            taken = zip(replica.gradients.taken, gradients, strict=True)
+            updates = [(optimizer, own, variables) for (optimizer, _, variables), own in taken]
             written = list(zip(self.layer_state, before, after, strict=True))
-        self.logged = replica.logged
+        self.logged = replica.logs.logged
         return outputs, updates, sums, written, seeds
 
     def _noted(self, replica: Replica, logs) -> dict[str, Any]:
         try:
-            return replica.note_logs({} if logs is None else logs)
+            return replica.logs.note({} if logs is None else logs)
         except ComputedFromResults as error:
             raise UserError(
                 f"fit: expected logs that are losses or results of metrics, found {error}, computed from the result of a "

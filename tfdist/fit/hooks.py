@@ -1,0 +1,130 @@
+"""What Keras' losses, metrics, tapes and optimizers do in a replica of a step of `fit`, and by hand in a scope."""
+
+import contextlib
+import contextvars
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist.fit.replica import Replica, current
+from tfdist.patches.layers import ComponentVariables
+from tfdist.patches.server_optimizers import variables_of
+from tfdist.strategies.sync import local_replica
+
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
+def in_replica() -> bool:
+    return current() is not None or _alone.get()
+
+
+@contextlib.contextmanager
+def alone():
+    """Inside, Keras leaves TensorFlow's strategy out: it updates variables where they are, and reduces nothing."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def _several() -> Replica | None:
+    replica = current()
+    return replica if replica is not None and replica.count > 1 else None
+
+
+def reduce_loss(
+    stock, apply_mask, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
+) -> Any:  # fmt: skip
+    """A loss whose sum over the replicas, by their shares, is Keras' loss of the global batch."""
+    own = stock(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
+    replica = _several()
+    if replica is None or reduction in (None, "none") or not len(getattr(values, "shape", ())):
+        return own
+    if reduction == "sum":
+        return own / replica.share(own.dtype)
+    if reduction == "mean_with_sample_weight" and (mask is not None or sample_weight is not None):
+        weight = apply_mask(sample_weight, mask, dtype=own.dtype, reduction=reduction)
+    elif mask is not None:
+        weight = mask
+    else:
+        return own  # divided by a number of elements that goes with the rows
+    divisor = tf.reduce_sum(tf.cast(weight, own.dtype))
+    counts = tf.where(replica.rows > 0, divisor, tf.zeros_like(divisor))
+    (of_all,) = replica.sum([tf.stop_gradient(counts)])
+    epsilon = 0.0 if reduction == "mean_with_sample_weight" else replica.quirks.mask_epsilon
+    return own * tf.math.divide_no_nan(counts + epsilon, of_all + epsilon) / replica.share(own.dtype)
+
+
+def activity_loss(loss: tf.Tensor) -> tf.Tensor:
+    """Of one replica's rows, so that their sum by shares is that of all rows."""
+    replica = _several()
+    return loss if replica is None or replica.quirks.activity_by_row else loss / replica.share(loss.dtype)
+
+
+def note_written(variable: keras.Variable) -> None:
+    replica = current()
+    if replica is not None:
+        replica.note_written(variable)
+
+
+def metric_result(stock, metric: keras.Metric):
+    replica = current()
+    return stock() if replica is None else replica.logs.result(stock, metric)
+
+
+def weight_of_mean(values, sample_weight):
+    """One number that stands for a replica's rows counts by its share, and the numbers of all replicas count once."""
+    replica = _several()
+    if replica is None or sample_weight is not None or len(getattr(values, "shape", ())):
+        return sample_weight
+    return replica.share(keras.backend.floatx())
+
+
+def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
+    """Reduces first: what clips, accumulates, checks and updates then does the same on every replica."""
+    replica = current()
+    if replica is None:
+        return stock(gradients, variables)
+    own = replica.gradients
+    if own.taken is not None:
+        return own.taken.append((optimizer, gradients, variables))
+    if replica.count > 1 and not own.reduced:
+        kinds, parts = own.look_ups(own.not_summed(gradients))
+        if own.deferred is not None:
+            return own.deferred.append((stock, kinds, parts, variables))
+        gradients = [g if total is None else total for g, total in zip(gradients, own.sum(kinds, parts), strict=True)]
+    if own.updates is not None:
+        return own.updates.append((optimizer, variables))
+    before, own.reduced = own.reduced, True  # an optimizer inside of this one is given sums
+    try:
+        return stock(gradients, variables)
+    finally:
+        own.reduced = before
+
+
+def gradient_of_tape(stock, target, sources, output_gradients=None, *args, **kwargs):
+    replica = _several()
+    if replica is None:
+        return stock(target, sources, output_gradients, *args, **kwargs)
+    return replica.gradients.of_tape(stock, target, sources, output_gradients, *args, **kwargs)
+
+
+def apply_by_hand(stock, optimizer, gradients: list, variables) -> None:
+    """An update in the scope of a strategy, outside of a step: the same on every replica, with these gradients."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        with alone():
+            stock(gradients, variables)
+        return
+    variables = variables_of(optimizer) if variables is None else list(variables)
+    if not optimizer.built:
+        optimizer.build(variables)
+
+    def on_replica(gradients):
+        local = local_replica(strategy)
+        with alone(), ComponentVariables(strategy, [*variables, *optimizer.variables], local):
+            stock(gradients, variables)
+
+    strategy.run(on_replica, args=(gradients,))
