@@ -390,7 +390,8 @@ def chief_and_server(**values) -> list[Seen]:
         ([seen(0, moved_s=0, phase="finish", must_beat=False)], None, ""),  # its own business
         ([seen(0, moved_s=0, phase="finish")], 142, "stuck"),
         ([seen(0), seen(1, beat_s=96)], 142, "worker 1 is frozen: no heartbeat for 4.0 s (phase train, step 7)"),
-        ([seen(0), seen(1, beat_s=96, exiting=True)], 142, "worker 1 is frozen at its exit: no heartbeat for 4.0 s"),
+        ([seen(0), seen(1, beat_s=96, exiting=True)], None, ""),  # whose threads have ended
+        ([seen(0), seen(1, beat_s=30, exiting=True)], 142, "worker 1 is frozen at its exit: no heartbeat for 70.0 s"),
         ([seen(0), seen(1, heard_s=96)], 140, "worker 1 is silent for 4.0 s"),
         ([seen(0), seen(1, beat_s=None, suspended=True, moved_s=96)], 142, "worker 1 is frozen"),
         ([seen(0, exit_code=0), seen(1, exit_code=0)], 0, "done"),

@@ -142,9 +142,15 @@ class Adapter:
         with (
             fit_patches.fit_parts(self.model, self.input, self._build, **make, **self._waiting()),
             fit_patches.activity_of_replicas(layers, hooks.activity_loss),
-            fit_patches.results_of_replicas(metrics_of(self.model), hooks.metric_result),
+            self._metrics(),
             alone,
         ):
+            yield
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[None]:
+        """The results of metrics, also of those that are made when the model is built: see `_make`."""
+        with contextlib.ExitStack() as self.results:
             yield
 
     def _waiting(self) -> dict[str, Callable]:
@@ -273,6 +279,7 @@ class Adapter:
                     optimizer.build(variables)
 
     def _make(self, name: str, force: bool = False) -> Callable:
+        self.results.enter_context(fit_patches.results_of_replicas(metrics_of(self.model), hooks.metric_result))
         function = getattr(self.model, f"{name}_function")
         if function is None or force:
             if not self.model.built and type(self.model).call is not keras.Model.call:

@@ -209,7 +209,10 @@ class Steps:
                 argument.element_spec if isinstance(argument, tf.data.Iterator) else tf.nest.map_structure(_spec, argument)
             )
             return self._called(function, argument)
-        except ComputedFromResults:
+        except ComputedFromResults as error:
+            logging.info(
+                "fit: %s is computed from the result of a metric, which replicas therefore add up in each step", error
+            )
             self.whole_results = True
             return self._called(function, argument)
         except Communicates:

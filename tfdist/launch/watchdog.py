@@ -6,6 +6,7 @@ import signal
 from tfdist.cluster.spec import Task
 from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
 
+EXIT_TIMEOUT_S = 60.0  # of a process that has said that it ends: TensorFlow is slow to go on a machine that is busy
 _LATE_S = 2.5  # several beats and the longest time that Python's lock is held
 
 
@@ -122,7 +123,15 @@ def is_frozen(seen: Seen, limits: Limits, now_s: float) -> bool:
     """Whether a process has not beaten for too long, as its own supervisor sees it."""
     if seen.exit_code is not None or seen.beat_s is None:
         return False
-    return now_s - seen.beat_s > limits.heartbeat_timeout_s
+    return now_s - seen.beat_s > _beat_limit_s(seen, limits)
+
+
+def _beat_limit_s(seen: Seen, limits: Limits) -> float:
+    """How long no thread of a process may beat."""
+    if seen.exiting:  # its last beat said so: Python has ended its threads, and TensorFlow takes its own apart
+        return max(limits.heartbeat_timeout_s, EXIT_TIMEOUT_S)
+    # TensorFlow holds Python's lock until all members have come
+    return limits.start_timeout_s if seen.phase == "connect" else limits.heartbeat_timeout_s
 
 
 def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
@@ -133,9 +142,7 @@ def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Ve
             silent = f"{seen.task} is silent for {now_s - seen.heard_s:.1f} s ({seen.at()})"
             message = f"{silent}: its supervisor is frozen or the network is cut"
             return Verdict(PEER_LOST, message, seen.task, step, stacks=True)
-        # TensorFlow holds Python's lock until all members have come: no thread of that process can beat meanwhile
-        beat_limit_s = limits.start_timeout_s if seen.phase == "connect" else limits.heartbeat_timeout_s
-        if seen.beat_s is not None and now_s - seen.beat_s > beat_limit_s:
+        if is_frozen(seen, limits, now_s):
             where = " at its exit" if seen.exiting else ""
             message = f"{seen.task} is frozen{where}: no heartbeat for {now_s - seen.beat_s:.1f} s ({seen.at()})"
             return Verdict(WATCHDOG, message, seen.task, step, stacks=True)
