@@ -250,7 +250,7 @@ class Checkpoint(keras.callbacks.Callback):
             logging.warning("%s; training goes on, the last good checkpoint is kept", error)
             return
         self.saved_step = self.step
-        policy.prune(path.parent, self.keep_last, self.keep_every_steps)
+        policy.prune(path.parent, self.step, self.keep_last, self.keep_every_steps)
 
 
 def values_of(model: keras.Model) -> dict[str, keras.Variable]:

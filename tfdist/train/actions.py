@@ -135,7 +135,7 @@ class Checkpoint(Every):
             trainer.write({"kind": "event", "name": "checkpoint_failed", "step": turn.step, "reason": str(error)})
             return
         self.saved_step = turn.step
-        policy.prune(path.parent, self.keep_last, self.keep_every_steps)
+        policy.prune(path.parent, turn.step, self.keep_last, self.keep_every_steps)
         seconds = time.perf_counter() - started_s
         trainer.write({"kind": "event", "name": "checkpoint", "step": turn.step, "seconds": seconds})
 
