@@ -2,6 +2,10 @@ import json
 import os
 import random
 import resource
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import keras
 import ml_dtypes
@@ -88,6 +92,35 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="expected a usable checkpoint") as error:
         store.latest(tmp_path)
     assert error.value.exit_code == 4
+
+
+@pytest.fixture
+def others_folder():
+    """A folder for a process without root's rights, which this one gives up meanwhile."""
+    folder, user = Path(tempfile.mkdtemp()), os.geteuid()
+    if user == 0:
+        os.chown(folder, 65534, -1)
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("what", [".", "step-00000009", "step-00000009/manifest.json", "step-00000009/values-00000.bin"])
+def test_what_may_not_be_read_is_neither_missing_nor_damaged(others_folder, what):
+    store.save(others_folder, 5, ARRAYS, {})
+    store.save(others_folder, 9, ARRAYS, {})
+    store._checksums.clear()  # as in another process
+    (others_folder / what).chmod(0o000)
+    with pytest.raises(CheckpointError, match="cannot read .*Permission denied"):
+        store.latest(others_folder)
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("no folder")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        store.latest(tmp_path / "checkpoints")
 
 
 def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):

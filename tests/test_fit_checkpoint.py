@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -156,6 +157,19 @@ def test_what_cannot_be_written_is_said_first_a_warning_on_the_way_and_an_error_
     with pytest.raises(CheckpointError, match="cannot write"):
         trained("numpy", tmp_path / "folder", interrupt_at=1)
     assert "training goes on" in caplog.text
+
+
+def test_a_folder_that_is_gone_is_refused_as_long_as_its_marker_is_there(tmp_path):
+    folder = tmp_path / "saved"
+    with pytest.raises(Interrupted):
+        trained("numpy", folder, interrupt_at=1)
+    trained("numpy", folder, interrupt_at=0)  # nothing was saved: from the start
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="found none; put the folder back, or delete that file to start anew"):
+        trained("numpy", folder)
+    (tmp_path / "saved.saved").unlink()
+    with pytest.raises(Interrupted):
+        trained("numpy", folder, interrupt_at=1)
 
 
 def test_what_it_says(tmp_path, capsys):

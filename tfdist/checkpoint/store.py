@@ -30,6 +30,10 @@ _VALUES = "values-00000.bin"
 _checksums: dict[tuple[int, ...], str] = {}
 
 
+class Unreadable(CheckpointError):
+    """It may be good."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     path: Path
@@ -92,13 +96,16 @@ def check_writable(folder: Path) -> None:
 def latest(folder: Path) -> Checkpoint | None:
     """The newest directory that verifies; damaged ones are skipped with a warning. None if there are no checkpoints.
 
-    Raises `CheckpointError` when there are checkpoints and all of them are damaged.
+    Raises `CheckpointError` when there are checkpoints and all of them are damaged, or a newer one or the folder itself may
+    not be read.
     """
     found = sorted(steps(folder), reverse=True)
     for step in found:
         path = folder / folder_name(step)
         try:
             return verify(path)
+        except Unreadable:
+            raise
         except CheckpointError as error:
             logging.warning("skipping a damaged checkpoint: %s", error)
     if found:
@@ -110,8 +117,13 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps with a finished directory, in no order, good or not."""
-    names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
+    """Steps with a finished directory, in no order, good or not. Raises `CheckpointError` when that cannot be known."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith("step-")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: cannot read {folder}: {error.strerror}") from error
     return [int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()]
 
 
@@ -123,6 +135,8 @@ def verify(path: Path) -> Checkpoint:
         expected_files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path / _MANIFEST}: missing") from None
+    except PermissionError as error:
+        raise _unreadable(path / _MANIFEST, error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({error})") from error
     if manifest.get("format") != FORMAT:
@@ -135,11 +149,17 @@ def verify(path: Path) -> Checkpoint:
             if size != expected_size:
                 raise CheckpointError(f"{path / name}: expected {expected_size} bytes, found {size}")
             checksum = _checksum(path / name)
+        except PermissionError as error:
+            raise _unreadable(path / name, error) from error
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
         if checksum != expected_checksum:
             raise CheckpointError(f"{path / name}: SHA-256 does not match the manifest")
     return Checkpoint(path, step, manifest)
+
+
+def _unreadable(path: Path, error: OSError) -> Unreadable:
+    return Unreadable(f"checkpoint: cannot read {path}: {error.strerror}; make it readable, or move its folder away")
 
 
 def is_good(path: Path) -> bool:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from absl import logging
+
 from tfdist import files
 from tfdist.errors import UserError, WorkdirInUse
 
@@ -80,13 +82,15 @@ class Workdir:
         if token:
             files.write(self.path / _LAUNCH, _digest(token).encode())
 
-    def set_aside(self) -> Path | None:
-        """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder.
+    def set_aside(self, *only: Path) -> Path | None:
+        """Moves everything of an earlier run, or `only` these, into `old-N`, so that a new one loses nothing. Returns that
+        folder.
 
         But for `logs/`: a launcher is writing there already.
         """
         stays = (".lock", _LAUNCH, "logs")
         present = [p for p in self.path.iterdir() if p.name not in stays and not p.name.startswith("old-")]
+        present = [p for p in present if p in only or not only]
         if not present:
             return None
         numbers = [int(p.name.removeprefix("old-")) for p in self.path.glob("old-*") if p.name[4:].isdigit()]
@@ -94,4 +98,5 @@ class Workdir:
         aside.mkdir()
         for path in present:
             path.rename(aside / path.name)
+        logging.info("the earlier run was moved to %s", aside)
         return aside
