@@ -1,12 +1,18 @@
 import json
 import os
+import random
 import resource
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import keras
 import ml_dtypes
 import numpy as np
 import pytest
 
+from tfdist import files
 from tfdist.checkpoint import keys, policy, store
 from tfdist.errors import CheckpointError
 
@@ -42,7 +48,9 @@ def test_no_checkpoint_is_none(tmp_path):
 def flip_a_byte(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    other = path.with_name("other")  # an inode of its own: times are too coarse to tell it from what was just saved
+    other.write_bytes(data)
+    other.replace(path)
 
 
 def edit(path, old, new):
@@ -86,6 +94,35 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
     assert error.value.exit_code == 4
 
 
+@pytest.fixture
+def others_folder():
+    """A folder for a process without root's rights, which this one gives up meanwhile."""
+    folder, user = Path(tempfile.mkdtemp()), os.geteuid()
+    if user == 0:
+        os.chown(folder, 65534, -1)
+        os.seteuid(65534)
+    yield folder
+    os.seteuid(user)
+    subprocess.run(["chmod", "-R", "u+rwx", folder], check=True)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("what", [".", "step-00000009", "step-00000009/manifest.json", "step-00000009/values-00000.bin"])
+def test_what_may_not_be_read_is_neither_missing_nor_damaged(others_folder, what):
+    store.save(others_folder, 5, ARRAYS, {})
+    store.save(others_folder, 9, ARRAYS, {})
+    store._checksums.clear()  # as in another process
+    (others_folder / what).chmod(0o000)
+    with pytest.raises(CheckpointError, match="cannot read .*Permission denied"):
+        store.latest(others_folder)
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("no folder")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        store.latest(tmp_path / "checkpoints")
+
+
 def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
     (tmp_path / "step-00000009.tmp-abc").mkdir()
     store.save(tmp_path, 5, ARRAYS, {})
@@ -119,16 +156,52 @@ def test_slices_are_put_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "last", "every", "deleted"),
+    ("steps", "damaged", "saved", "last", "every", "deleted"),
     [
-        ([1, 2, 3], 3, 0, []),
-        ([10, 30, 20, 40], 2, 0, [10, 20]),
-        ([10, 20, 30, 40, 50], 1, 20, [10, 30]),
-        ([], 3, 0, []),
+        ([1, 2, 3], [], 3, 3, 0, []),
+        ([10, 30, 20, 40], [], 40, 2, 0, [10, 20]),
+        ([10, 20, 30, 40, 50], [], 50, 1, 20, [10, 30]),
+        ([10, 20, 30, 40], [40], 30, 1, 0, [10, 20]),
+        ([10, 20, 30, 40, 50], [50, 40], 30, 2, 0, [10]),
+        ([10, 20, 30, 40, 50], [50, 40, 20], 30, 3, 0, []),  # fewer good ones than are wanted
+        ([10, 20, 30, 40], [20], 40, 2, 0, [10, 20]),
+        ([10, 20, 30], [], 10, 1, 0, [20]),
+        ([], [], 0, 3, 0, []),
     ],
 )
-def test_which_checkpoints_are_deleted(steps, last, every, deleted):
-    assert policy.to_delete(steps, last, every) == deleted
+def test_which_checkpoints_are_deleted(steps, damaged, saved, last, every, deleted):
+    assert policy.to_delete(steps, lambda step: step not in damaged, saved, last, every) == deleted
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_pruning_never_deletes_the_last_good_ones(tmp_path, keep_last):
+    """Random saves and damage: after each save the newest good ones are all there, among them the one just saved."""
+    chance, good = random.Random(keep_last), set()
+    for _ in range(60):
+        step = chance.randrange(100)
+        good.add(int(store.save(tmp_path, step, ARRAYS, {}).name.removeprefix("step-")))
+        policy.prune(tmp_path, step, keep_last, 0)
+        there = set(store.steps(tmp_path))
+        assert step in there and set(sorted(good)[-keep_last:]) <= there
+        good &= there
+        for one in chance.sample(sorted(good), chance.randrange(len(good) + 1)):
+            flip_a_byte(tmp_path / f"step-{one:08d}" / "values-00000.bin")
+            good.discard(one)
+
+
+def test_a_checkpoint_is_hashed_once_and_the_one_just_written_never(tmp_path, monkeypatch):
+    hashed = []
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.parent.name) or sha256(path))
+    for step in (1, 2, 3):
+        store.save(tmp_path, step, ARRAYS, {})
+        policy.prune(tmp_path, step, 2, 0)
+    assert store.latest(tmp_path).step == 3 and not hashed
+    store._checksums.clear()  # as in another process
+    assert [store.latest(tmp_path).step for _ in range(3)] == [3, 3, 3] and hashed == ["step-00000003"]
+    policy.prune(tmp_path, 3, 2, 0)
+    policy.prune(tmp_path, 3, 2, 0)
+    assert hashed == ["step-00000003", "step-00000002"]
 
 
 # ---- keys ----

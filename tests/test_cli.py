@@ -290,6 +290,15 @@ def test_a_damaged_newest_checkpoint_falls_back_and_all_damaged_is_code_4(finish
     assert done.returncode == 4 and "expected a usable checkpoint" in done.stderr.splitlines()[-1]
 
 
+def test_checkpoints_that_are_gone_are_code_4_and_the_config_stays(finished, source, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    before = (workdir / "config.json").read_bytes()
+    done = tfdist("train", CONFIG, source, f"--workdir={workdir}", "--config.train.seed=9")
+    assert_one_line(done, 4, "expected that of step 30", "--fresh")
+    assert (workdir / "config.json").read_bytes() == before
+
+
 def test_a_workdir_in_use_is_refused(source, tmp_path):
     more = ["--config.train.num_steps=100000"]
     first = start(["-m", "tfdist.cli", "train", CONFIG, source, f"--workdir={tmp_path}", *more])

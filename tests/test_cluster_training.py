@@ -14,7 +14,7 @@ from processes import addresses, finish, measured, start, tfdist
 from test_launch import alive, assert_all_gone, group_of, parent_of, wait_until
 
 from tfdist.checkpoint import store
-from tfdist.metrics.writers import read_rows
+from tfdist.metrics.writers import read_all, read_rows
 
 HERE = Path(__file__).parent
 REGRESSION = str(HERE / "regression.py")
@@ -119,7 +119,9 @@ def test_killed_and_restarted_again_and_again(undisturbed, train, tmp_path, requ
 def trains_again(workdir, process, starts: int) -> bool:
     """Whether the group that was started for the n-th time has logged a step."""
     assert process.poll() is None, process.stderr.read()
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    rows = []  # those of starts before the first save were set aside
+    for path in [*sorted(workdir.glob("old-*/metrics.jsonl")), workdir / "metrics.jsonl"]:
+        rows += read_all(path)
     begins = [i for i, row in enumerate(rows) if row.get("name") in ("start", "restore")]
     return len(begins) == starts and any(row["kind"] == "train" for row in rows[begins[-1] :])
 

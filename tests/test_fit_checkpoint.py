@@ -1,8 +1,10 @@
 """tfdist.fit.Checkpoint: a `fit` that was interrupted anywhere ends like one that never was."""
 
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +18,7 @@ from processes import LIMIT_S, finish, run_forked, start
 
 import tfdist
 from tfdist.checkpoint import store
-from tfdist.errors import CheckpointError, UserError
+from tfdist.errors import CheckpointError, UserError, WorkdirInUse
 
 slow = pytest.mark.slow
 RNG = np.random.default_rng(0)
@@ -156,6 +158,32 @@ def test_what_cannot_be_written_is_said_first_a_warning_on_the_way_and_an_error_
     with pytest.raises(CheckpointError, match="cannot write"):
         trained("numpy", tmp_path / "folder", interrupt_at=1)
     assert "training goes on" in caplog.text
+
+
+def test_a_folder_that_is_gone_is_refused_as_long_as_its_marker_is_there(tmp_path):
+    folder = tmp_path / "saved"
+    with pytest.raises(Interrupted):
+        trained("numpy", folder, interrupt_at=1)
+    trained("numpy", folder, interrupt_at=0)  # nothing was saved: from the start
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="found none; put the folder back, or delete that file to start anew"):
+        trained("numpy", folder)
+    (tmp_path / "saved.saved").unlink()
+    with pytest.raises(Interrupted):
+        trained("numpy", folder, interrupt_at=1)
+
+
+def test_a_folder_that_another_program_writes_to_is_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would; locks are of the open file
+        with pytest.raises(WorkdirInUse, match="in use by another run") as error:
+            trained("numpy", tmp_path)
+    assert error.value.exit_code == 6 and not store.steps(tmp_path)
+    for _ in range(2):  # a notebook's cell that runs twice
+        trained("numpy", tmp_path)
+    code = f"from tfdist.checkpoint.workdir import Workdir; Workdir({str(tmp_path)!r}).lock()"
+    other = run_forked(["-c", code])
+    assert f"in use by another run (process {os.getpid()})" in other.stderr and other.returncode != 0
 
 
 def test_what_it_says(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import shutil
 import signal
 import threading
 
@@ -15,7 +16,7 @@ import tfdist
 from tfdist.checkpoint import store
 from tfdist.config import ModelConfig
 from tfdist.errors import CheckpointError, NotFiniteError, Stopped, UserError
-from tfdist.metrics.writers import read_rows
+from tfdist.metrics.writers import TensorBoard, read_rows
 from tfdist.models.transformer import TransformerLM, next_token_loss
 from tfdist.strategies import multi_worker
 from tfdist.train.actions import write_evaluation
@@ -318,6 +319,37 @@ def test_another_seed_or_model_is_refused(strategy, tmp_path):
         make(strategy, other, seed=1).restore(tmp_path)
     with pytest.raises(CheckpointError, match="missing optimizer/momentums/layers/0/kernel"):
         make(strategy, optimizer=keras.optimizers.SGD(0.1, momentum=0.9), seed=1).restore(tmp_path)
+
+
+def emptied(folder):
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, emptied])
+def test_a_run_whose_checkpoints_are_gone_is_refused(strategy, tmp_path, lose):
+    trainer = make(strategy)
+    trainer.restore(tmp_path)
+    train(trainer, batches(*regression()), 3, tfdist.actions.Checkpoint(every_steps=2))
+    lose(tmp_path / "checkpoints")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"expected that of step 3 \(says .*metrics.jsonl\), found none"):
+        make(strategy, seed=5).restore(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before and not (tmp_path / "old-1").exists()
+
+
+def test_a_run_that_never_saved_starts_again_and_its_rows_are_set_aside(strategy, tmp_path):
+    losses = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        trainer = make(strategy, writers=[Rows(), TensorBoard(tmp_path / "tensorboard")])
+        assert trainer.restore(tmp_path) == trainer.restore(tmp_path) == 0  # a notebook's cell that runs twice
+        losses.append([row["loss"] for row in train(trainer, batches(*regression()), 3)])
+        trainer.close()
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl", "train")] == losses[1]
+    assert [row["loss"] for row in read_rows(tmp_path / "old-1" / "metrics.jsonl", "train")] == losses[0]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == len(list((tmp_path / "old-1" / "tensorboard").iterdir())) == 1
+    assert not (tmp_path / "old-2").exists()
 
 
 def test_checkpoint_without_a_workdir_is_refused(strategy):

@@ -26,6 +26,13 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 _VALUES = "values-00000.bin"
 
+# Of files that this process has read or written, by device, inode, size and times: each is hashed once.
+_checksums: dict[tuple[int, ...], str] = {}
+
+
+class Unreadable(CheckpointError):
+    """It may be good."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -44,8 +51,8 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
 
     Raises `CheckpointError` when the disk does not take it; what was there before is untouched then.
     """
-    final = folder / _folder_name(step)
-    if final.exists() and _is_good(final):  # a stop right after a restore: this step is safe already
+    final = folder / folder_name(step)
+    if final.exists() and is_good(final):  # a stop right after a restore: this step is safe already
         return final
     temporary = None
     try:
@@ -68,6 +75,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
             shutil.rmtree(final)
         os.rename(temporary, final)
         files.sync_folder(folder)
+        _checksums[_stamp(final / _VALUES)] = checksum
         return final
     except OSError as error:
         if temporary is not None:
@@ -88,13 +96,16 @@ def check_writable(folder: Path) -> None:
 def latest(folder: Path) -> Checkpoint | None:
     """The newest directory that verifies; damaged ones are skipped with a warning. None if there are no checkpoints.
 
-    Raises `CheckpointError` when there are checkpoints and all of them are damaged.
+    Raises `CheckpointError` when there are checkpoints and all of them are damaged, or a newer one or the folder itself may
+    not be read.
     """
     found = sorted(steps(folder), reverse=True)
     for step in found:
-        path = folder / _folder_name(step)
+        path = folder / folder_name(step)
         try:
             return verify(path)
+        except Unreadable:
+            raise
         except CheckpointError as error:
             logging.warning("skipping a damaged checkpoint: %s", error)
     if found:
@@ -106,8 +117,13 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps with a finished directory, in no order, good or not."""
-    names = [path.name for path in folder.glob("step-*")] if folder.exists() else []
+    """Steps with a finished directory, in no order, good or not. Raises `CheckpointError` when that cannot be known."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith("step-")]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: cannot read {folder}: {error.strerror}") from error
     return [int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()]
 
 
@@ -119,18 +135,22 @@ def verify(path: Path) -> Checkpoint:
         expected_files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path / _MANIFEST}: missing") from None
+    except PermissionError as error:
+        raise _unreadable(path / _MANIFEST, error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({error})") from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / _MANIFEST}: expected format {FORMAT}, found {manifest.get('format')!r}")
-    if checksum != _manifest_checksum(manifest) or path.name != _folder_name(step):
+    if checksum != _manifest_checksum(manifest) or path.name != folder_name(step):
         raise CheckpointError(f"{path / _MANIFEST}: does not match its own SHA-256 or its folder")
     for name, (expected_size, expected_checksum) in expected_files.items():
         try:
             size = (path / name).stat().st_size
             if size != expected_size:
                 raise CheckpointError(f"{path / name}: expected {expected_size} bytes, found {size}")
-            checksum = files.sha256(path / name)
+            checksum = _checksum(path / name)
+        except PermissionError as error:
+            raise _unreadable(path / name, error) from error
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
         if checksum != expected_checksum:
@@ -138,12 +158,29 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, step, manifest)
 
 
-def _is_good(path: Path) -> bool:
+def _unreadable(path: Path, error: OSError) -> Unreadable:
+    return Unreadable(f"checkpoint: cannot read {path}: {error.strerror}; make it readable, or move its folder away")
+
+
+def is_good(path: Path) -> bool:
+    """Whether it verifies."""
     try:
         verify(path)
     except CheckpointError:
         return False
     return True
+
+
+def _checksum(path: Path) -> str:
+    stamp = _stamp(path)
+    if stamp not in _checksums:
+        _checksums[stamp] = files.sha256(path)
+    return _checksums[stamp]
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -152,7 +189,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _folder_name(step: int) -> str:
+def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 

@@ -1,10 +1,13 @@
 """The folder of one run, and the lock that keeps a second run out of it."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 from pathlib import Path
 from typing import IO
+
+from absl import logging
 
 from tfdist import files
 from tfdist.errors import UserError, WorkdirInUse
@@ -47,9 +50,9 @@ class Workdir:
         except OSError as error:
             raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
         self._flock(file)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: others are kept out, but not told by whom
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         _held[self.path.resolve()] = file
 
     def check_free(self) -> None:
@@ -68,7 +71,7 @@ class Workdir:
             holder = file.read().strip() or "unknown"
             file.close()
             raise WorkdirInUse(
-                f"workdir: {self.path} is in use by another run (process {holder}); stop it or use another --workdir"
+                f"{self.path} is in use by another run (process {holder}); stop it, or use another folder"
             ) from None
 
     def is_of_launch(self, token: str) -> bool:
@@ -80,13 +83,15 @@ class Workdir:
         if token:
             files.write(self.path / _LAUNCH, _digest(token).encode())
 
-    def set_aside(self) -> Path | None:
-        """Moves everything of an earlier run into `old-N`, so that a fresh one loses nothing. Returns that folder.
+    def set_aside(self, *only: Path) -> Path | None:
+        """Moves everything of an earlier run, or `only` these, into `old-N`, so that a new one loses nothing. Returns that
+        folder.
 
         But for `logs/`: a launcher is writing there already.
         """
         stays = (".lock", _LAUNCH, "logs")
         present = [p for p in self.path.iterdir() if p.name not in stays and not p.name.startswith("old-")]
+        present = [p for p in present if p in only or not only]
         if not present:
             return None
         numbers = [int(p.name.removeprefix("old-")) for p in self.path.glob("old-*") if p.name[4:].isdigit()]
@@ -94,4 +99,5 @@ class Workdir:
         aside.mkdir()
         for path in present:
             path.rename(aside / path.name)
+        logging.info("the earlier run was moved to %s", aside)
         return aside

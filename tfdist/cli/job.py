@@ -21,6 +21,7 @@ from tfdist.metrics.writers import TensorBoard, Terminal
 from tfdist.models.transformer import TransformerLM, next_token_loss, training_loss
 from tfdist.optim.adamw import adamw
 from tfdist.strategies.base import DatasetFn, Strategy
+from tfdist.train import beginning
 from tfdist.train.state import MODEL, averaged, load
 from tfdist.train.trainer import Trainer
 from tfdist.verification.subject import Subject
@@ -132,9 +133,9 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
     workdir = Workdir(path)
     workdir.lock()
     if fresh and not workdir.is_of_launch(launch_token()):  # a restart of a fresh run goes on with it
-        if aside := workdir.set_aside():
-            logging.info("the earlier run was moved to %s", aside)
+        workdir.set_aside()
         workdir.belongs_to_launch(launch_token())
+    beginning.check_nothing_lost(workdir)  # before a new config hides which run it was
     if store.steps(workdir.checkpoints) and workdir.config.exists():
         try:
             old = from_json(workdir.config.read_text())

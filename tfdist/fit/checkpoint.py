@@ -1,6 +1,7 @@
 """Checkpoints of `fit`: atomic, self-verifying folders (checkpoint/store.py), with what `fit` itself keeps besides."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tfdist import files
 from tfdist.checkpoint import keys, policy, store
+from tfdist.checkpoint.workdir import Workdir
 from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.fit.functions import optimizers_of
 from tfdist.patches.fit import counters, on_epoch_iterator, start_at_epoch
@@ -20,6 +23,10 @@ from tfdist.train import state
 from tfdist.train.signals import StopRequest
 
 _VALUES = ("model/", "seeds/", "optimizer/")
+_MARK = (
+    "tfdist.fit.Checkpoint has saved into the folder {} beside this file. While this file is there, a fit that finds no "
+    "checkpoint in that folder ends with an error. To start anew, delete both.\n"
+)
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -35,6 +42,11 @@ class Checkpoint(keras.callbacks.Callback):
         every_steps: save each time so many batches are done; 0: after every epoch. A multiple of `steps_per_execution`.
         keep_last: how many checkpoints stay.
         keep_every_steps: those at multiples of it stay too.
+
+    The first save puts a file `FOLDER.saved` beside the folder: while it is there, a `fit` that finds no checkpoint is a
+    `CheckpointError` and does not start at step 0. To start anew, delete both.
+
+    The process holds the folder: a second one that would write there gets `WorkdirInUse` (code 6).
 
     A disk that does not take a checkpoint is a warning while training goes on and a `CheckpointError` at the end. Damaged
     ones are skipped. For models that are made under a tfdist scope.
@@ -67,7 +79,13 @@ class Checkpoint(keras.callbacks.Callback):
         self.begun, facts = True, {}
         if self.strategy.is_chief:
             store.check_writable(self.folder)
+            Workdir(self.folder).lock()
             self.found = store.latest(self.folder)
+            if self.found is None and self._marker.exists():
+                raise CheckpointError(
+                    f"checkpoint: expected checkpoints in {self.folder} (says {self._marker}), found none; put the folder "
+                    "back, or delete that file to start anew"
+                )
             if self.found is not None:
                 facts = self.found.manifest.get("fit")
                 if facts is None:
@@ -250,7 +268,21 @@ class Checkpoint(keras.callbacks.Callback):
             logging.warning("%s; training goes on, the last good checkpoint is kept", error)
             return
         self.saved_step = self.step
-        policy.prune(path.parent, self.keep_last, self.keep_every_steps)
+        self._mark()
+        policy.prune(path.parent, self.step, self.keep_last, self.keep_every_steps)
+
+    @property
+    def _marker(self) -> Path:
+        """Beside the folder: it says, when that is gone, that something was saved."""
+        return Path(f"{os.path.abspath(self.folder)}.saved")
+
+    def _mark(self) -> None:
+        if self._marker.exists():
+            return
+        try:
+            files.write(self._marker, _MARK.format(self.folder.absolute().name).encode())
+        except OSError as error:
+            logging.warning("fit: cannot write %s: %s; a lost folder would not be noticed", self._marker, error.strerror)
 
 
 def values_of(model: keras.Model) -> dict[str, keras.Variable]:

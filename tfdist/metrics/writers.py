@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,37 +49,48 @@ class JsonLines:
         self.file.close()
 
 
-def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
-    """Rows of one kind, by step; of a step that was run again after a restart, the newest."""
-    by_step = {}
-    for line in path.read_text().splitlines():
+def read_all(path: Path) -> Iterator[dict[str, Any]]:
+    """Every row, as written; none where the file is not there. What a killed run left half-written is skipped."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # the last line of a killed run
-        if row["kind"] == kind:
-            by_step[row["step"]] = row
+            continue
+        if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int):
+            yield row
+
+
+def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Rows of one kind, by step; of a step that was run again after a restart, the newest."""
+    by_step = {row["step"]: row for row in read_all(path) if row["kind"] == kind}
     return [by_step[step] for step in sorted(by_step)]
 
 
 class TensorBoard:
-    """Scalars under `train/` and `eval/`."""
+    """Scalars under `train/` and `eval/`. The folder is made by the first row."""
 
     def __init__(self, folder: Path):
         import tensorflow as tf
 
-        self.tf, self.writer = tf, tf.summary.create_file_writer(str(folder))
+        self.tf, self.folder, self.writer = tf, folder, None
 
     def write(self, row: dict[str, Any]) -> None:
         if row["kind"] == "event":
             return
+        if self.writer is None:
+            self.writer = self.tf.summary.create_file_writer(str(self.folder))
         with self.writer.as_default(step=row["step"]):
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.tf.summary.scalar(f"{row['kind']}/{name}", value)
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class Terminal:

@@ -1,7 +1,6 @@
 """Work that happens at some steps: log, evaluate, checkpoint, stop when the numbers are gone."""
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -123,7 +122,6 @@ class Checkpoint(Every):
     def maybe(self, trainer: "Trainer", turn: Turn) -> None:
         if not (turn.last or self.is_due(turn.step)) or turn.step == self.saved_step:
             return
-        started_s = time.perf_counter()
         if not trainer.strategy.is_chief:
             return
         try:
@@ -135,9 +133,7 @@ class Checkpoint(Every):
             trainer.write({"kind": "event", "name": "checkpoint_failed", "step": turn.step, "reason": str(error)})
             return
         self.saved_step = turn.step
-        policy.prune(path.parent, self.keep_last, self.keep_every_steps)
-        seconds = time.perf_counter() - started_s
-        trainer.write({"kind": "event", "name": "checkpoint", "step": turn.step, "seconds": seconds})
+        policy.prune(path.parent, turn.step, self.keep_last, self.keep_every_steps)
 
 
 class StopIfNotFinite:

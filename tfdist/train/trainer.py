@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.metrics.writers import JsonLines, Terminal, Writer
 from tfdist.strategies import support
 from tfdist.strategies.base import DatasetFn, Strategy
-from tfdist.train import evaluate, loop, server_step, step
+from tfdist.train import beginning, evaluate, loop, server_step, step
 from tfdist.train.loss import Loss, LossFn
 from tfdist.train.signals import StopRequest
 from tfdist.train.state import TrainState, load, share
@@ -93,14 +94,15 @@ class Trainer:
         """Takes the workdir for this run and loads its newest good checkpoint, if there is one. Returns the step.
 
         Every worker calls it; the chief reads, the others get the values from it and need no common file system.
-        Raises `WorkdirInUse`, or `CheckpointError` when there are checkpoints and none of them can be used.
+        Where there is none, what an earlier run that never saved had logged is moved to `old-N`. Raises `WorkdirInUse`, or
+        `CheckpointError` when none of the run's checkpoints can be used, or they are gone.
         """
         self.phase("restore")
         self.workdir = Workdir(workdir)
         found = None
         if self.strategy.is_chief:
             self.workdir.lock()
-            found = store.latest(self.workdir.checkpoints)
+            found = beginning.find(self.workdir)
         if found is not None:
             for name, value in self.facts.items():
                 if found.manifest.get(name) != value:
@@ -126,8 +128,12 @@ class Trainer:
         self.phase("save")
         if self.workdir is None:
             raise UserError("expected a workdir to save to, found none; call trainer.restore(workdir) first")
+        started_s = time.perf_counter()
         arrays = {key: np.asarray(variable.numpy()) for key, variable in self.state.values().items()}
-        return store.save(self.workdir.checkpoints, self.step, arrays, self.facts | {"versions": versions()})
+        path = store.save(self.workdir.checkpoints, self.step, arrays, self.facts | {"versions": versions()})
+        seconds = time.perf_counter() - started_s
+        self.write({"kind": "event", "name": "checkpoint", "step": self.step, "seconds": seconds})
+        return path
 
     def train(
         self, dataset_fn: DatasetFn, num_steps: int, actions: Sequence[loop.Action] = (), whole_run: int = 0
