@@ -151,7 +151,7 @@ def test_what_cannot_be_written_is_said_first_a_warning_on_the_way_and_an_error_
     class Replace(InterruptAt):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 0 and (tmp_path / "folder").is_dir():
-                (tmp_path / "folder").rmdir()
+                shutil.rmtree(tmp_path / "folder")
                 (tmp_path / "folder").write_text("no folder any more")
 
     monkeypatch.setattr(sys.modules[__name__], "InterruptAt", Replace)
