@@ -55,6 +55,7 @@ def together(*coroutines):
     return results, time.monotonic() - started_s
 
 
+@pytest.mark.timed
 def test_all_meet_and_the_ports_are_free_again(addresses):
     clusters = tasks(*addresses[:3])
     results, seconds = together(*(one(cluster, delay_s=0.1 * i) for i, cluster in enumerate(clusters)))
@@ -77,6 +78,7 @@ def test_a_single_worker_meets_itself(addresses):
     assert results == [{}]
 
 
+@pytest.mark.timed
 def test_a_missing_peer_is_named_by_everyone(addresses):
     clusters = tasks(*addresses[:3])
     results, seconds = together(one(clusters[0]), one(clusters[1]))
@@ -86,6 +88,7 @@ def test_a_missing_peer_is_named_by_everyone(addresses):
     assert seconds < TIMEOUT_S + 2
 
 
+@pytest.mark.timed
 def test_a_missing_leader_is_named(addresses):
     results, seconds = together(*map(one, tasks(*addresses[:3])[1:]))
     assert all(isinstance(r, PeerLost) and "worker 0" in str(r) for r in results) and seconds < TIMEOUT_S + 2
@@ -139,6 +142,7 @@ def test_one_that_goes_away_and_comes_back_is_met_again(addresses):
     assert isinstance(results[0], dict) and isinstance(results[1], dict), results
 
 
+@pytest.mark.timed
 def test_an_unresolvable_host_is_named(addresses):
     here, _ = tasks(addresses[0], "no-such-host.invalid:2222")
     (result,), seconds = together(one(here))
@@ -146,6 +150,7 @@ def test_an_unresolvable_host_is_named(addresses):
     assert "worker 1" in str(result) and seconds < TIMEOUT_S + 2
 
 
+@pytest.mark.timed
 def test_an_own_address_of_another_machine(addresses):
     there, here = tasks("192.0.2.1:2222", addresses[0])
     results, seconds = together(one(there), one(here))
@@ -154,6 +159,7 @@ def test_an_own_address_of_another_machine(addresses):
     assert "192.0.2.1" in str(results[1]) and seconds < TIMEOUT_S + 2
 
 
+@pytest.mark.timed
 def test_a_taken_port_names_its_holder(addresses):
     with socket.create_server(("localhost", 0)) as other:
         port = other.getsockname()[1]
@@ -165,6 +171,7 @@ def test_a_taken_port_names_its_holder(addresses):
     assert seconds < 7
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("side", [0, 1])
 def test_differing_facts_are_named_on_every_task(addresses, side):
     clusters = tasks(*addresses[:3])
@@ -183,6 +190,7 @@ def test_differing_versions_are_named(addresses):
     assert all("version of" in str(r) and r.exit_code == 2 for r in results)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("token", ["same", None])
 def test_differing_clusters_are_named_on_every_task(addresses, token):
     mine, theirs = tasks(*addresses[:2]), tasks(addresses[0], addresses[2])
@@ -194,6 +202,7 @@ def test_differing_clusters_are_named_on_every_task(addresses, token):
     assert seconds < 3
 
 
+@pytest.mark.timed
 def test_the_same_index_twice_is_found(addresses):
     clusters = tasks(*addresses[:3])
     results, seconds = together(
@@ -251,6 +260,7 @@ def test_noise_on_the_port_is_ignored(addresses, noise):
     assert isinstance(results[0], dict) and isinstance(results[2], dict), results
 
 
+@pytest.mark.timed
 def test_one_that_is_told_to_stop_tells_the_others(addresses):
     clusters = tasks(*addresses[:3])
 
@@ -286,6 +296,7 @@ def test_reserved_ports_are_not_given_out_and_can_be_taken():
     assert ports.holder(port) == "another process"
 
 
+@pytest.mark.timed
 def test_fifty_tasks_meet_in_seconds():
     reserved = [ports.reserve() for _ in range(50)]
     clusters = tasks(*(f"localhost:{s.getsockname()[1]}" for s in reserved))
