@@ -1,5 +1,6 @@
 """tfdist.fit.Checkpoint: a `fit` that was interrupted anywhere ends like one that never was."""
 
+import fcntl
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from processes import LIMIT_S, finish, run_forked, start
 
 import tfdist
 from tfdist.checkpoint import store
-from tfdist.errors import CheckpointError, UserError
+from tfdist.errors import CheckpointError, UserError, WorkdirInUse
 
 slow = pytest.mark.slow
 RNG = np.random.default_rng(0)
@@ -150,7 +151,7 @@ def test_what_cannot_be_written_is_said_first_a_warning_on_the_way_and_an_error_
     class Replace(InterruptAt):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 0 and (tmp_path / "folder").is_dir():
-                (tmp_path / "folder").rmdir()
+                shutil.rmtree(tmp_path / "folder")
                 (tmp_path / "folder").write_text("no folder any more")
 
     monkeypatch.setattr(sys.modules[__name__], "InterruptAt", Replace)
@@ -170,6 +171,19 @@ def test_a_folder_that_is_gone_is_refused_as_long_as_its_marker_is_there(tmp_pat
     (tmp_path / "saved.saved").unlink()
     with pytest.raises(Interrupted):
         trained("numpy", folder, interrupt_at=1)
+
+
+def test_a_folder_that_another_program_writes_to_is_refused(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would; locks are of the open file
+        with pytest.raises(WorkdirInUse, match="in use by another run") as error:
+            trained("numpy", tmp_path)
+    assert error.value.exit_code == 6 and not store.steps(tmp_path)
+    for _ in range(2):  # a notebook's cell that runs twice
+        trained("numpy", tmp_path)
+    code = f"from tfdist.checkpoint.workdir import Workdir; Workdir({str(tmp_path)!r}).lock()"
+    other = run_forked(["-c", code])
+    assert f"in use by another run (process {os.getpid()})" in other.stderr and other.returncode != 0
 
 
 def test_what_it_says(tmp_path, capsys):

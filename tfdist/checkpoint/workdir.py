@@ -1,5 +1,6 @@
 """The folder of one run, and the lock that keeps a second run out of it."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -49,9 +50,9 @@ class Workdir:
         except OSError as error:
             raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
         self._flock(file)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: others are kept out, but not told by whom
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         _held[self.path.resolve()] = file
 
     def check_free(self) -> None:
@@ -70,7 +71,7 @@ class Workdir:
             holder = file.read().strip() or "unknown"
             file.close()
             raise WorkdirInUse(
-                f"workdir: {self.path} is in use by another run (process {holder}); stop it or use another --workdir"
+                f"{self.path} is in use by another run (process {holder}); stop it, or use another folder"
             ) from None
 
     def is_of_launch(self, token: str) -> bool:

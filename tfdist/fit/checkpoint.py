@@ -14,6 +14,7 @@ from absl import logging
 
 from tfdist import files
 from tfdist.checkpoint import keys, policy, store
+from tfdist.checkpoint.workdir import Workdir
 from tfdist.errors import CheckpointError, Stopped, UserError
 from tfdist.fit.functions import optimizers_of
 from tfdist.patches.fit import counters, on_epoch_iterator, start_at_epoch
@@ -44,6 +45,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     The first save puts a file `FOLDER.saved` beside the folder: while it is there, a `fit` that finds no checkpoint is a
     `CheckpointError` and does not start at step 0. To start anew, delete both.
+
+    The process holds the folder: a second one that would write there gets `WorkdirInUse` (code 6).
 
     A disk that does not take a checkpoint is a warning while training goes on and a `CheckpointError` at the end. Damaged
     ones are skipped. For models that are made under a tfdist scope.
@@ -76,6 +79,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.begun, facts = True, {}
         if self.strategy.is_chief:
             store.check_writable(self.folder)
+            Workdir(self.folder).lock()
             self.found = store.latest(self.folder)
             if self.found is None and self._marker.exists():
                 raise CheckpointError(
