@@ -102,6 +102,7 @@ class Trainer:
         found = None
         if self.strategy.is_chief:
             self.workdir.lock()
+            beginning.check_writable(self.workdir)
             found = beginning.find(self.workdir)
         if found is not None:
             for name, value in self.facts.items():
