@@ -4,6 +4,7 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_slices_are_put_together(tmp_path):
     ],
 )
 def test_which_checkpoints_are_deleted(steps, damaged, saved, last, every, deleted):
-    assert policy.to_delete(steps, lambda step: step not in damaged, saved, last, every) == deleted
+    assert policy.Keep(last, every).to_delete(steps, lambda step: step not in damaged, saved) == deleted
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
@@ -179,8 +180,7 @@ def test_pruning_never_deletes_the_last_good_ones(tmp_path, keep_last):
     chance, good = random.Random(keep_last), set()
     for _ in range(60):
         step = chance.randrange(100)
-        good.add(int(store.save(tmp_path, step, ARRAYS, {}).name.removeprefix("step-")))
-        policy.prune(tmp_path, step, keep_last, 0)
+        good.add(int(policy.save(tmp_path, step, ARRAYS, {}, policy.Keep(keep_last)).name.removeprefix("step-")))
         there = set(store.steps(tmp_path))
         assert step in there and set(sorted(good)[-keep_last:]) <= there
         good &= there
@@ -194,14 +194,70 @@ def test_a_checkpoint_is_hashed_once_and_the_one_just_written_never(tmp_path, mo
     sha256 = files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.parent.name) or sha256(path))
     for step in (1, 2, 3):
-        store.save(tmp_path, step, ARRAYS, {})
-        policy.prune(tmp_path, step, 2, 0)
+        policy.save(tmp_path, step, ARRAYS, {}, policy.Keep(2))
     assert store.latest(tmp_path).step == 3 and not hashed
     store._checksums.clear()  # as in another process
     assert [store.latest(tmp_path).step for _ in range(3)] == [3, 3, 3] and hashed == ["step-00000003"]
-    policy.prune(tmp_path, 3, 2, 0)
-    policy.prune(tmp_path, 3, 2, 0)
+    for _ in range(2):
+        policy.save(tmp_path, 3, ARRAYS, {}, policy.Keep(2))
     assert hashed == ["step-00000003", "step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "damaged", "missing", "every", "given_up"),
+    [
+        ([10, 20, 30], [], 90, 0, [10]),
+        ([10, 20, 30], [], 101, 0, [10, 20]),
+        ([10, 20, 30], [], 201, 0, []),  # that would not be enough: nothing is given up in vain
+        ([10, 20, 30], [30], 150, 0, [10, 30]),
+        ([10, 20, 30], [], 90, 10, []),
+        ([10, 20, 30], [], 90, 20, [10]),
+        ([10, 20, 30], [], 0, 0, []),
+        ([], [], 10, 0, []),
+    ],
+)
+def test_which_checkpoints_are_given_up(steps, damaged, missing, every, given_up):
+    sizes = dict.fromkeys(steps, 100)
+    assert policy.Keep(1, every).to_give_up(sizes, lambda step: step not in damaged, missing) == given_up
+
+
+ON_A_SMALL_DISK = """
+import sys, numpy as np
+from pathlib import Path
+from tfdist.checkpoint import policy, store
+from tfdist.errors import CheckpointError
+
+folder, keep = Path(sys.argv[1]), policy.Keep(9, 30)
+for step, size in ((10, 200), (20, 200), (30, 200), (40, 200), (50, 300), (60, 900)):
+    try:
+        policy.save(folder, step, {"a": np.zeros(size << 10, np.uint8)}, {}, keep)
+    except CheckpointError as error:
+        print(error)
+    print(step, sorted(store.steps(folder)), store.latest(folder).step)
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="this user may not mount"
+)
+def test_a_full_disk_takes_the_next_checkpoint_in_place_of_old_ones(tmp_path):
+    """One MB: the oldest ones go, but not that which was promised, nor any for a save that would not fit anyway."""
+    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && exec "
+    command = [sys.executable, "-c", ON_A_SMALL_DISK, str(tmp_path)]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f'{mount} "$@"', "sh", *command], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "10 [10] 10",
+        "20 [10, 20] 20",
+        "30 [10, 20, 30] 30",
+        "40 [10, 20, 30, 40] 40",
+        "50 [20, 30, 40, 50] 50",
+        f"checkpoint: cannot write {tmp_path}/step-00000060: No space left on device",
+        "60 [20, 30, 40, 50] 50",
+    ]
+    assert done.stderr.count("is given up for the next one") == 1 and "step-00000010 is given up" in done.stderr
 
 
 # ---- keys ----

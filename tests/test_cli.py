@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from processes import finish, run, run_forked, start, tfdist
+from processes import finish, fork, run, run_forked, start, tfdist
 
 from tfdist.checkpoint import store
 from tfdist.metrics.writers import read_rows
@@ -297,6 +297,29 @@ def test_checkpoints_that_are_gone_are_code_4_and_the_config_stays(finished, sou
     done = tfdist("train", CONFIG, source, f"--workdir={workdir}", "--config.train.seed=9")
     assert_one_line(done, 4, "expected that of step 30", "--fresh")
     assert (workdir / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("checkpoints", 4), ("samples", 2), ("metrics.jsonl", 4), ("report.png", 2), ("config.json", 2)]
+)
+def test_what_the_end_of_a_run_needs_is_tried_before_it_begins(source, tmp_path, name, code):
+    path = tmp_path / name
+    path.mkdir() if "." in name else path.write_text("in the way")
+    done = tfdist("train", CONFIG, source, f"--workdir={tmp_path}")
+    assert_one_line(done, code, "cannot", str(path))
+
+
+def test_what_cannot_be_written_after_the_last_save_is_a_warning(source, tmp_path):
+    """A folder that is put in the way of the report while the run trains."""
+    process = fork(["-m", "tfdist.cli", "train", CONFIG, source, f"--workdir={tmp_path}"])
+    deadline_s = time.monotonic() + 60
+    while not (tmp_path / "checkpoints" / "step-00000010").exists():
+        assert time.monotonic() < deadline_s and process.poll() is None
+        time.sleep(0.01)
+    (tmp_path / "report.png").mkdir()
+    done = finish(process)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "report.png: Is a directory" in done.stderr and max(losses(tmp_path)) == 30
 
 
 def test_a_workdir_in_use_is_refused(source, tmp_path):

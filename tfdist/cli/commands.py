@@ -82,11 +82,24 @@ def train(flags) -> None:
     trainer.phase("finish")
     if not strategy.is_chief:
         return
+    try:
+        _conclude(config, trainer, workdir)
+    except OSError as error:  # of a disk that became full, a folder that went away: what was trained is saved
+        where = error.filename or workdir.path
+        logging.warning(
+            "all steps are done and saved, but the sample or the report cannot be written to %s: %s",
+            where,
+            error.strerror or error,
+        )
+
+
+def _conclude(config, trainer, workdir: Workdir) -> None:
+    """What a run leaves besides its checkpoints: a sample, the report, and what to do next."""
     with trainer.averaged_weights():
         text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
     print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
-    print(f"next: {_program()} generate --workdir={shlex.quote(str(workdir.path))} --prompt='def main('")
+    print(f"next: {_program()} generate --workdir={shlex.quote(str(workdir.path))} --prompt='def main('", flush=True)
 
 
 def _program() -> str:
@@ -144,7 +157,7 @@ def _sample(config, model, workdir: Workdir, step: int) -> str:
     num_tokens = min(config.log.sample_tokens, config.data.sequence_length - 1)
     sampling, tokenizer = Sampling(temperature=0.8, seed=config.train.seed), job.text_tokenizer(config, workdir)
     text = generate_text(model, "", num_tokens, sampling, tokenizer) if num_tokens and tokenizer.document_start >= 0 else ""
-    workdir.samples.mkdir(exist_ok=True)
+    workdir.samples.mkdir(parents=True, exist_ok=True)
     files.write(workdir.samples / f"step-{step:08d}.txt", text.encode())
     return text
 

@@ -133,8 +133,9 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
     workdir = Workdir(path)
     workdir.lock()
     if fresh and not workdir.is_of_launch(launch_token()):  # a restart of a fresh run goes on with it
-        workdir.set_aside()
-        workdir.belongs_to_launch(launch_token())
+        with beginning.cannot_write(workdir):
+            workdir.set_aside()
+            workdir.belongs_to_launch(launch_token())
     beginning.check_nothing_lost(workdir)  # before a new config hides which run it was
     if store.steps(workdir.checkpoints) and workdir.config.exists():
         try:
@@ -158,10 +159,9 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
                 "train.num_steps was %d, now %d: the learning-rate schedule is planned anew",
                 old.train.num_steps, config.train.num_steps,
             )  # fmt: skip
-    try:
+    beginning.check_writable(workdir, workdir.samples)
+    with beginning.cannot_write(workdir):
         files.write(workdir.config, to_json(config).encode())
-    except OSError as error:
-        raise UserError(f"workdir: cannot write {workdir.config}: {error.strerror}") from error
     return workdir
 
 
@@ -179,7 +179,8 @@ def keep_tokenizer(dataset: shards.TokenDataset, workdir: Workdir) -> None:
     """A run can be sampled from without its data."""
     json = dataset.make_tokenizer().json
     if json:
-        files.write(workdir.tokenizer, json.encode())
+        with beginning.cannot_write(workdir):
+            files.write(workdir.tokenizer, json.encode())
 
 
 def text_tokenizer(config: Config, workdir: Workdir) -> tokenizer.Tokenizer:

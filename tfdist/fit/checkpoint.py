@@ -57,7 +57,7 @@ class Checkpoint(keras.callbacks.Callback):
         if every_steps < 0 or keep_last < 1:
             raise UserError(f"Checkpoint: expected every_steps >= 0 and keep_last >= 1, found {every_steps}, {keep_last}")
         self.folder, self.every_steps = Path(folder), every_steps
-        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.keep = policy.Keep(keep_last, keep_every_steps)
         self.strategy: Strategy | None = None
 
     # ---- called by the adapter ----
@@ -261,7 +261,7 @@ class Checkpoint(keras.callbacks.Callback):
         fit |= {"initial_epoch": self.initial_epoch, "steps_per_execution": self.model.steps_per_execution}
         fit |= {"history": history, "callbacks": counted}
         try:
-            path = store.save(self.folder, self.step, arrays, {"fit": fit})
+            policy.save(self.folder, self.step, arrays, {"fit": fit}, self.keep)
         except CheckpointError as error:
             if last:
                 raise
@@ -269,7 +269,6 @@ class Checkpoint(keras.callbacks.Callback):
             return
         self.saved_step = self.step
         self._mark()
-        policy.prune(path.parent, self.step, self.keep_last, self.keep_every_steps)
 
     @property
     def _marker(self) -> Path:

@@ -1,8 +1,11 @@
 """Where rows of metrics go: a JSON-lines file, TensorBoard, the terminal. A row is `{"kind": "train" | "eval" |
 "event", "step": ..., ...}`."""
 
+import contextlib
+import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _PLAIN_EVERY_S = 5.0
+_AGAIN_S = 60.0  # after a failure of TensorBoard's files
 
 
 class Writer(Protocol):
@@ -21,32 +25,101 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+@dataclasses.dataclass
+class Lost:
+    """Rows that a file did not take."""
+
+    first_step: int
+    last_step: int
+    rows: int
+    reason: str
+
+
 class JsonLines:
     """One JSON object a line, written at once. Numbers that are not finite become null: JSON has none.
 
-    A disk that does not take rows is a warning, said once: it must not end the run.
+    Rows that the disk does not take are left out whole, and never end the run: the next one that it takes comes behind an
+    event `rows_lost`.
     """
 
     def __init__(self, path: Path):
-        self.path, self.failed = path, False
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as the run
-        if self.file.tell() and path.read_bytes()[-1:] != b"\n":
-            self._append(b"\n")  # the last line of a killed run
+        self.path, self.torn = path, False
+        self.lost: Lost | None = None
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  open as long as the run
+        with contextlib.suppress(OSError):
+            self._drop_torn()  # of a killed run
 
     def write(self, row: dict[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._append(json.dumps(clean).encode() + b"\n")
-
-    def _append(self, line: bytes) -> None:
         try:
-            self.file.write(line)
+            self._append(self._lost_row() + json.dumps(clean).encode() + b"\n")
         except OSError as error:
-            if not self.failed:
-                logging.warning("metrics: cannot write %s: %s; training goes on without", self.path, error.strerror)
-            self.failed = True
+            self._lose(row["step"], error.strerror or str(error))
+        else:
+            self._found()
+
+    def _append(self, lines: bytes) -> None:
+        """All of it, or nothing and an `OSError`."""
+        if self.torn:
+            self._drop_torn()
+        start = left = os.fstat(self.file.fileno()).st_size
+        try:
+            while lines:
+                written = self.file.write(lines)
+                lines, left = lines[written:], left + written
+        except OSError:
+            self.torn = True
+            if os.fstat(self.file.fileno()).st_size == left:  # no evaluator has written behind it
+                os.ftruncate(self.file.fileno(), start)
+                self.torn = False
+            raise
+
+    def _drop_torn(self) -> None:
+        """Cuts off a last line without an end, or ends it where it is a whole row."""
+        size = os.fstat(self.file.fileno()).st_size
+        if size and os.pread(self.file.fileno(), 1, size - 1) != b"\n":
+            content = self.path.read_bytes()
+            start = content.rfind(b"\n") + 1
+            if _row(content[start:]) is None:
+                os.ftruncate(self.file.fileno(), start)
+            else:
+                self.file.write(b"\n")
+        self.torn = False
+
+    def _lose(self, step: int, reason: str) -> None:
+        if self.lost is None:
+            logging.warning("metrics: cannot write %s: %s; training goes on without", self.path, reason)
+            self.lost = Lost(step, step, 0, reason)
+        self.lost = Lost(self.lost.first_step, step, self.lost.rows + 1, reason)
+
+    def _lost_row(self) -> bytes:
+        if self.lost is None:
+            return b""
+        row = {"kind": "event", "name": "rows_lost", "step": self.lost.last_step, **dataclasses.asdict(self.lost)}
+        return json.dumps(row).encode() + b"\n"
+
+    def _found(self) -> None:
+        if self.lost is not None:
+            logging.warning(
+                "metrics: %s lacks %d rows of the steps %d to %d",
+                self.path, self.lost.rows, self.lost.first_step, self.lost.last_step,
+            )  # fmt: skip
+        self.lost = None
 
     def close(self) -> None:
-        self.file.close()
+        if not self.file.closed:
+            with contextlib.suppress(OSError):
+                self._append(self._lost_row())
+            self._found()
+            self.file.close()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int) else None
 
 
 def read_all(path: Path) -> Iterator[dict[str, Any]]:
@@ -55,13 +128,7 @@ def read_all(path: Path) -> Iterator[dict[str, Any]]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int):
-            yield row
+    yield from (row for line in lines if (row := _row(line)) is not None)
 
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -71,26 +138,42 @@ def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Scalars under `train/` and `eval/`. The folder is made by the first row."""
+    """Scalars under `train/` and `eval/`. The folder is made by the first row.
+
+    What cannot be written is left out and never ends the run; once a minute it is tried again, with a new file: what comes
+    behind a torn record is never read.
+    """
 
     def __init__(self, folder: Path):
         import tensorflow as tf
 
-        self.tf, self.folder, self.writer = tf, folder, None
+        self.tf, self.folder, self.writer, self.again_s = tf, folder, None, -math.inf
 
     def write(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "event":
+        if row["kind"] == "event" or time.monotonic() < self.again_s:
             return
-        if self.writer is None:
-            self.writer = self.tf.summary.create_file_writer(str(self.folder))
-        with self.writer.as_default(step=row["step"]):
-            for name, value in row.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.tf.summary.scalar(f"{row['kind']}/{name}", value)
+        with self._rescued():
+            if self.writer is None:
+                self.writer = self.tf.summary.create_file_writer(str(self.folder))
+            with self.writer.as_default(step=row["step"]):
+                for name, value in row.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self.tf.summary.scalar(f"{row['kind']}/{name}", value)
+
+    @contextlib.contextmanager
+    def _rescued(self) -> Iterator[None]:
+        try:
+            yield
+        except self.tf.errors.OpError as error:
+            logging.warning(
+                "tensorboard: cannot write to %s: %s; training goes on without", self.folder, type(error).__name__
+            )
+            self.writer, self.again_s = None, time.monotonic() + _AGAIN_S
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with self._rescued():
+                self.writer.close()
 
 
 class Terminal:

@@ -116,8 +116,7 @@ class Checkpoint(Every):
 
     def __init__(self, every_steps: int, keep_last: int = 3, keep_every_steps: int = 0):
         super().__init__(every_steps)
-        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
-        self.saved_step = -1
+        self.keep, self.saved_step = policy.Keep(keep_last, keep_every_steps), -1
 
     def maybe(self, trainer: "Trainer", turn: Turn) -> None:
         if not (turn.last or self.is_due(turn.step)) or turn.step == self.saved_step:
@@ -125,7 +124,7 @@ class Checkpoint(Every):
         if not trainer.strategy.is_chief:
             return
         try:
-            path = trainer.save()
+            trainer.save(self.keep)
         except CheckpointError as error:
             if turn.last:
                 raise
@@ -133,7 +132,6 @@ class Checkpoint(Every):
             trainer.write({"kind": "event", "name": "checkpoint_failed", "step": turn.step, "reason": str(error)})
             return
         self.saved_step = turn.step
-        policy.prune(path.parent, turn.step, self.keep_last, self.keep_every_steps)
 
 
 class StopIfNotFinite:

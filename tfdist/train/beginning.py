@@ -1,8 +1,13 @@
 """Where a run begins: after its newest checkpoint, or at step 0, and then alone in its files."""
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 from tfdist.checkpoint import store
 from tfdist.checkpoint.workdir import Workdir
-from tfdist.errors import CheckpointError
+from tfdist.errors import CheckpointError, UserError
 from tfdist.metrics import writers
 
 
@@ -17,6 +22,32 @@ def find(workdir: Workdir) -> store.Checkpoint | None:
         if any(row.get("name") != "start" for row in writers.read_all(workdir.metrics)):
             workdir.set_aside(workdir.metrics, workdir.tensorboard)
     return found
+
+
+def check_writable(workdir: Workdir, *folders: Path) -> None:
+    """Makes the folders of checkpoints and these. Raises `CheckpointError` or `UserError` where the run could not write
+    later: before there is anything to lose."""
+    store.check_writable(workdir.checkpoints)
+    with cannot_write(workdir):
+        for folder in (workdir.path, *folders):
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        for file in (workdir.metrics, workdir.report):
+            if file.exists():
+                open(file, "ab").close()
+
+
+@contextlib.contextmanager
+def cannot_write(workdir: Workdir) -> Iterator[None]:
+    """Inside, an `OSError` is a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"workdir: cannot write to {error.filename or workdir.path}: {error.strerror or error}; mend that or use "
+            "another folder"
+        ) from error
 
 
 def check_nothing_lost(workdir: Workdir) -> None:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from tfdist import __version__
-from tfdist.checkpoint import store
+from tfdist.checkpoint import policy, store
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cluster.link import supervisor
 from tfdist.errors import CheckpointError, Stopped, UserError
@@ -102,6 +102,7 @@ class Trainer:
         found = None
         if self.strategy.is_chief:
             self.workdir.lock()
+            beginning.check_writable(self.workdir)
             found = beginning.find(self.workdir)
         if found is not None:
             for name, value in self.facts.items():
@@ -122,15 +123,17 @@ class Trainer:
         whether the chief's differ from what all started with."""
         share(self.strategy, list(self.state.values().values()), changed)
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this step; for the chief alone. Raises `CheckpointError` when the disk does not take it."""
+    def save(self, keep: policy.Keep | None = None) -> Path:
+        """Writes a checkpoint of this step; for the chief alone. Older ones stay, but for those that `keep` lets go. Raises
+        `CheckpointError` when the disk does not take it."""
         self._refuse_averages("save")
         self.phase("save")
         if self.workdir is None:
             raise UserError("expected a workdir to save to, found none; call trainer.restore(workdir) first")
         started_s = time.perf_counter()
         arrays = {key: np.asarray(variable.numpy()) for key, variable in self.state.values().items()}
-        path = store.save(self.workdir.checkpoints, self.step, arrays, self.facts | {"versions": versions()})
+        what = self.workdir.checkpoints, self.step, arrays, self.facts | {"versions": versions()}
+        path = policy.save(*what, keep) if keep else store.save(*what)
         seconds = time.perf_counter() - started_s
         self.write({"kind": "event", "name": "checkpoint", "step": self.step, "seconds": seconds})
         return path
