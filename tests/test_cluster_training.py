@@ -96,9 +96,10 @@ def test_the_next_command_works_as_printed(undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_killed_and_restarted_again_and_again(undisturbed, train, tmp_path, request):
     """`kill -9` of a worker and of the chief in turn, at random steps: the same loss for each step, bit by bit."""
-    kills = request.config.getoption("--kills") or (6 if request.config.getoption("--slow") else 2)
+    kills = request.config.getoption("--kills") or 4
     random.seed(kills)
     steps = sorted(random.sample(range(3, NUM_STEPS - 12), kills))
     process = launch(f"--max-restarts={kills}", *train, f"--workdir={tmp_path}", "--config.train.steps_per_loop=1")
