@@ -19,7 +19,7 @@ def chosen(
     first, *others = layouts
     pairs = [(first, cell) for cell in cells_of(first)]
     for layout in others:
-        pairs += [(layout, cell) for cell in _cover(cells_of(layout), features, cost, _counts(pairs))]
+        pairs += [(layout, cell) for cell in cover(cells_of(layout), features, cost, _counts(pairs))]
     for cell in cells_of(first):
         able = [layout for layout in others if cell in cells_of(layout)]
         if able and not any((layout, cell) in pairs for layout in others):
@@ -27,7 +27,10 @@ def chosen(
     return pairs
 
 
-def _cover(cells: Sequence[str], features: Mapping[str, Sequence[str]], cost, counts: Mapping[str, int]) -> list[str]:
+def cover(
+    cells: Sequence[str], features: Mapping[str, Sequence[str]],
+    cost: Mapping[str, float] = {}, counts: Mapping[str, int] = {},
+) -> list[str]:  # fmt: skip
     """Cells that show every feature: the one that adds most for its cost comes next, of equal ones the rarest so far."""
     missing, found = {feature for feature, shown in features.items() if set(shown) & set(cells)}, []
     while missing:

@@ -334,7 +334,7 @@ def test_gradients_in_bfloat16_and_in_packs_train_nearly_the_same(undisturbed, t
 @pytest.mark.slow
 def test_a_fresh_run_that_is_killed_goes_on_with_itself(undisturbed, train, tmp_path):
     """`--fresh` sets the earlier run aside once, not again at each restart."""
-    first = finish(launch(*train, f"--workdir={tmp_path}", "--config.train.num_steps=10"), 120)
+    first = tfdist(*train[1:], f"--workdir={tmp_path}", "--config.train.num_steps=10")
     assert first.returncode == 0, first.stderr
     process = launch("--max-restarts=1", *train, f"--workdir={tmp_path}", "--fresh", "--config.train.steps_per_loop=1")
     wait_until(lambda: (tmp_path / "old-1").exists(), 60)
@@ -348,15 +348,12 @@ def test_a_fresh_run_that_is_killed_goes_on_with_itself(undisturbed, train, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["mix"]], ids=["memory", "mix"])
-def test_two_then_three_then_one_worker_train_like_one(text_files, tmp_path, more):
+def test_two_then_three_then_one_worker_train_like_one(text_files, tmp_path):
     """Killed in between, over more than two epochs: the global batches are the same, so the losses are (in float64)."""
-    source = f"files:{text_files}/0*.txt"
-    if more:
-        source = f"mix:2*files:{text_files}/0*.txt;1*files:{text_files}/1*.txt"
+    source = f"mix:2*files:{text_files}/0*.txt;1*files:{text_files}/1*.txt"
     arguments = [
         "train", "--config=tests/tiny.py", f"--config.data.source={source}", "--config.model.dtype=float64",
-        "--config.train.num_steps=400", "--config.train.steps_per_loop=10", "--config.checkpoint.every_steps=20",
+        "--config.train.num_steps=240", "--config.train.steps_per_loop=10", "--config.checkpoint.every_steps=20",
         "--config.eval.every_steps=0", "--config.log.sample_tokens=0", "--config.log.tensorboard=false",
         "--config.optimizer.learning_rate=1e-3",
     ]  # fmt: skip
@@ -373,10 +370,10 @@ def test_two_then_three_then_one_worker_train_like_one(text_files, tmp_path, mor
     done = tfdist(*arguments, many)
     assert done.returncode == 0, done.stderr
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "many")
-    assert found.keys() == expected.keys() and len(expected) == 400
+    assert found.keys() == expected.keys() and len(expected) == 240
     for step in expected:
         a, b = float.fromhex(found[step]), float.fromhex(expected[step])
         assert abs(a - b) < 1e-9 * max(1, abs(b)), (step, a, b)
     events = read_rows(tmp_path / "many" / "metrics.jsonl", "event")
     restores = [row["step"] for row in events if row["name"] == "restore"]
-    assert len(restores) == 2 and 40 <= restores[0] < restores[1] < 400
+    assert len(restores) == 2 and 40 <= restores[0] < restores[1] < 240
