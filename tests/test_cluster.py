@@ -2,17 +2,20 @@
 
 import copy
 import json
+import re
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import addresses, finish, run_forked_cluster, start
 
 from tfdist.cluster import kubernetes, slurm
-from tfdist.cluster.resolve import resolve
+from tfdist.cluster.resolve import devices_per_worker, resolve
 from tfdist.cluster.spec import Cluster, Task, TFConfigError, split_address
 from tfdist.cluster.tf_config import from_tf_config
 from tfdist.errors import UserError
+from tfdist.launch.supervisor import from_launcher
 
 A, B = "localhost:2222", "localhost:2223"
 
@@ -331,6 +334,54 @@ def test_a_slurm_step_that_does_not_add_up(change):
         resolve(STEP | change)
 
 
+@pytest.mark.timed
+def test_a_long_host_list_is_read_at_once():
+    names = [f"n{i}x{i % 7}" for i in range(12_000)]
+    started_s = time.perf_counter()
+    assert slurm.expand_hosts(",".join(names)) == names
+    assert slurm.expand_hosts("n[" + ",".join(map(str, range(12_000))) + "],m")[-2:] == ["n11999", "m"]
+    with pytest.raises(ValueError, match="Slurm"):
+        slurm.expand_hosts("[," * 50_000)
+    seconds = time.perf_counter() - started_s
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"TFDIST_PORT": "²"}, "TFDIST_PORT: must be a number of 1 to 65535, got '²'"),
+        ({"TFDIST_PORT": "9" * 5000}, "TFDIST_PORT: must be a number"),
+        ({"TFDIST_DEVICES_PER_WORKER": "٣"}, "TFDIST_DEVICES_PER_WORKER: must be a number"),
+        ({"TFDIST_MAX_RESTARTS": "x"}, "TFDIST_MAX_RESTARTS: must be a number"),
+        ({"TFDIST_LAUNCHER_FD": "abc"}, "TFDIST_LAUNCHER_FD: must be a number"),
+        ({"TFDIST_LAUNCHER_FD": "0"}, "TFDIST_LAUNCHER_FD: expected a socket of tfdist launch, found 0"),
+        ({"TFDIST_NUM_WORKERS": "2", "HOSTNAME": "a-1", "JOB_COMPLETION_INDEX": "1" * 5000}, "JOB_COMPLETION_INDEX"),
+        ({"TFDIST_NUM_WORKERS": "²", "HOSTNAME": "a-1", "JOB_COMPLETION_INDEX": "1"}, "TFDIST_NUM_WORKERS"),
+        ({**STEP, "SLURM_PROCID": "1" * 5000}, "Slurm"),
+    ],
+)
+def test_bad_environment_values_are_one_line(environment, expected):
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
+        devices_per_worker(environment), resolve(environment), from_launcher(environment)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_bad_environment_value_ends_the_command_with_2():
+    done = finish(start(["-m", "tfdist.cli", "supervise", "--", "true"], {"TFDIST_MAX_RESTARTS": "x"}), 20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "TFDIST_MAX_RESTARTS" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", ["launch --workers=200 -- python -c pass", "supervise -- true"])
+def test_running_out_of_file_descriptors_is_one_line(command, tmp_path):
+    """Of a launcher with too many processes; of a task that has too many to meet."""
+    cluster = {"worker": [f"localhost:{20_000 + i}" for i in range(200)]}
+    env = {} if command.startswith("launch") else {"TF_CONFIG": config(cluster)}
+    few = "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    done = finish(start(["-c", f"import os, resource, sys; {few}", "-m", "tfdist.cli", *command.split()], env), 30)
+    lines = [line for line in done.stderr.splitlines() if "the output of every process" not in line]
+    assert done.returncode == 2 and len(lines) == 1 and "ulimit -n" in lines[0], done.stderr[-2000:]
+
+
 def test_a_batch_script_without_srun_is_alone():
     assert resolve({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "n[1-4]"}).is_local
     with pytest.raises(UserError, match="SLURM_PROCID"):
@@ -367,3 +418,12 @@ def test_a_pod_that_does_not_add_up(change):
 def test_a_job_that_is_not_indexed_does_not_train_alone():
     with pytest.raises(UserError, match="completionMode: Indexed"):
         resolve({"TFDIST_NUM_WORKERS": "2", "HOSTNAME": "lm-x7f"})
+
+
+# ---- one cluster a process ----
+
+
+def test_a_second_cluster_in_a_process_is_refused_and_the_same_one_is_there():
+    other = config({"worker": addresses(2)})
+    for done in run_forked_cluster(["tests/second_cluster.py", other], workers=2, limit_s=60):
+        assert done.returncode == 0 and done.stdout.endswith("all is well\n"), done.stderr[-3000:]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import socket
 import time
 
@@ -167,7 +168,8 @@ def test_a_taken_port_names_its_holder(addresses):
         results, seconds = together(*(one(c, timeout_s=5) for c in clusters))
     assert isinstance(results[1], UserError) and f"port {port} is taken by process" in str(results[1]), results
     assert f"process {os.getpid()} (" in str(results[1])
-    assert isinstance(results[0], PeerLost) and "worker 1" in str(results[0])
+    assert isinstance(results[0], PeerLost) and f"worker 1: port {port} is taken there" in str(results[0])
+    assert "process" not in str(results[0]), "the arguments of a process are its machine's own business"
     assert seconds < 7
 
 
@@ -212,6 +214,85 @@ def test_the_same_index_twice_is_found(addresses):
     assert all(r.exit_code in (2, 140) for r in results), texts
     assert any("twice" in text for text in texts) and all("worker 1" in text for text in texts), texts
     assert seconds < 7
+
+
+class Vanishing(Meeting):
+    """Of a machine that has met everybody and then says nothing more, and closes nothing."""
+
+    def vanish(self) -> None:
+        self._stop_listening()
+        for task in self.tasks:
+            task.cancel()
+        self.gone = [connection.writer for connection in [*self.reached.values(), *(c for _, c in self.came.values())]]
+        for writer in self.gone:
+            writer.transport.pause_reading()
+
+
+@pytest.mark.timed
+def test_a_machine_that_vanished_and_comes_again_is_met_again(addresses):
+    """While worker 2 is still missing. Its connections are open: nobody has closed them."""
+    first, second, third = tasks(*addresses[:3])
+
+    async def vanishes():
+        meeting = Vanishing(second, "t", {})
+        attempt = asyncio.ensure_future(meeting.run(10))
+        await asyncio.sleep(1.0)
+        assert {first.task, second.task} <= meeting.reached.keys() & meeting.came.keys()
+        attempt.cancel()
+        meeting.vanish()
+        await asyncio.gather(attempt, return_exceptions=True)
+        result = await one(second, timeout_s=10)
+        for writer in meeting.gone:
+            writer.transport.abort()
+        return result
+
+    results, seconds = together(one(first, timeout_s=10), vanishes(), one(third, delay_s=2.5, timeout_s=10))
+    assert all(isinstance(result, dict) for result in results), results
+    assert seconds < 8
+
+
+@pytest.mark.parametrize(("host", "reached"), [("localhost", False), ("127.0.0.1", False), ("0.0.0.0", True)])
+def test_the_port_of_a_localhost_cluster_is_open_on_loopback_alone(host, reached):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks for this machine's own address
+            own = probe.getsockname()[0]
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+    reserved = ports.reserve()
+    port = reserved.getsockname()[1]
+    with ports.listen(port, host), reserved:
+        socket.create_connection(("127.0.0.1", port), 2).close()
+        with contextlib.nullcontext() if reached else pytest.raises(OSError):
+            socket.create_connection((own, port), 2).close()
+
+
+def test_a_flood_of_connections_is_one_error(addresses, capfd):
+    """Whose process may open no more files: not a line for each that waits."""
+    here, _ = tasks(*addresses[:2])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def flooded():
+        attempt = asyncio.ensure_future(one(here, timeout_s=5))
+        await asyncio.sleep(0.3)
+        flood = [socket.socket() for _ in range(60)]
+        for connection in flood:
+            connection.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(c.fileno() for c in flood) + 3, limits[1]))
+        for connection in flood:
+            connection.connect_ex(("127.0.0.1", int(addresses[0].rpartition(":")[2])))
+        try:
+            return await attempt
+        finally:
+            for connection in flood:
+                connection.close()
+
+    try:
+        (result,), _ = together(flooded())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert isinstance(result, UserError) and "ulimit -n" in str(result), result
+    assert "system resource" not in capfd.readouterr().err
 
 
 def test_another_job_does_not_disturb(addresses):

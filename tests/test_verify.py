@@ -29,7 +29,7 @@ def in_forks(monkeypatch):
     """Records in forks: what is planted is not in how processes start."""
 
     def record(program, strategy):
-        done = run_forked(program)
+        done = run_forked(program[program.index("-m") :])
         assert done.returncode == 0, done.stderr
 
     monkeypatch.setattr("tfdist.verification.run._finish", record)

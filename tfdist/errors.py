@@ -13,6 +13,16 @@ class Failure(Exception):
 
     exit_code = INTERNAL
 
+    def __str__(self) -> str:
+        """Names in it may come from a file or a peer, and the text goes to a terminal."""
+        return printable(super().__str__())
+
+
+def printable(text: str, besides: str = "\n\t") -> str:
+    """The text for a terminal, with `?` for every control character but those `besides`: what comes from data, files and
+    other processes must not move a cursor, or rename a window."""
+    return "".join(c if c.isprintable() or c in besides else "?" for c in text)
+
 
 class UserError(Failure, ValueError):
     """Usage, config, or an argument of the Python interface."""

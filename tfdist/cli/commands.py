@@ -21,7 +21,7 @@ from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token, resolve
 from tfdist.config import to_json, worker_weights
 from tfdist.data import audit as data_audit
-from tfdist.errors import CheckpointError, UserError
+from tfdist.errors import CheckpointError, UserError, printable
 from tfdist.infer import export as export_model
 from tfdist.infer.generate import Sampling, generate_text
 from tfdist.metrics import meters, report
@@ -98,7 +98,7 @@ def _conclude(config, trainer, workdir: Workdir) -> None:
     with trainer.averaged_weights():
         text = _sample(config, trainer.model, workdir, trainer.step)
     report.plot(workdir.metrics, workdir.report)
-    print(f"\nsample:\n{text}\n\nloss curves: {workdir.report}")
+    print(f"\nsample:\n{printable(text)}\n\nloss curves: {workdir.report}")
     print(f"next: {_program()} generate --workdir={shlex.quote(str(workdir.path))} --prompt='def main('", flush=True)
 
 
@@ -214,7 +214,8 @@ def generate(flags) -> None:
     model, _ = job.restored_model(flags.config, local_strategy(flags.config), workdir)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     num_tokens = flags.num_tokens or min(200, flags.config.data.sequence_length - 1)
-    print(generate_text(model, flags.prompt, num_tokens, sampling, job.text_tokenizer(flags.config, workdir)))
+    tokenizer = job.text_tokenizer(flags.config, workdir)
+    print(printable(generate_text(model, flags.prompt, num_tokens, sampling, tokenizer)))
 
 
 def export(flags) -> None:

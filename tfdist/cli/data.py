@@ -10,7 +10,7 @@ from rich import progress
 from rich.console import Console
 
 from tfdist import errors
-from tfdist.cli.usage import fail, near
+from tfdist.cli.usage import OneLine, fail, near
 from tfdist.config import DataConfig
 from tfdist.data import build, corpus, inspect, shards
 
@@ -37,7 +37,7 @@ def main(command: str, arguments: list[str]) -> None:
         fail(f"unknown flag --{error.flagname}{near(error.flagname, list(given))}")
     except flags.Error as error:
         fail(" ".join(str(error).split()))
-    logging.get_absl_handler().setFormatter(logging.PythonFormatter("tfdist: warning: %(message)s"))
+    logging.get_absl_handler().setFormatter(OneLine())
     try:
         {"build": _build, "inspect": _inspect}[command](given, positional)
     except errors.Failure as error:
@@ -117,7 +117,7 @@ def _inspect(given: flags.FlagValues, positional: list[str]) -> None:
     if len(positional) != 1:
         fail(f"expected one FOLDER of a tokenised dataset, found {' '.join(positional) or 'none'}")
     dataset = shards.read(Path(positional[0]))
-    print(inspect.describe(dataset, given.samples))
+    print(errors.printable(inspect.describe(dataset, given.samples)))
     if given.plot:
         try:
             inspect.plot(dataset, Path(given.plot))

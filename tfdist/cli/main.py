@@ -12,7 +12,7 @@ from tfdist import config, configs, errors
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli import processes
 from tfdist.cli.chatter import without_startup_chatter
-from tfdist.cli.usage import fail, near
+from tfdist.cli.usage import OneLine, fail, near
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, supervisor_fd
 from tfdist.cluster.spec import check_strategy
@@ -187,7 +187,7 @@ def _run(command: str, arguments: list[str]) -> None:
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
-    logging.get_absl_handler().setFormatter(_Plain())
+    logging.get_absl_handler().setFormatter(OneLine())
     # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))
     try:
@@ -205,11 +205,6 @@ def _run(command: str, arguments: list[str]) -> None:
         fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
         fail("stopped; the checkpoints in the workdir are as they were", errors.STOPPED)
-
-
-class _Plain(logging.PythonFormatter):
-    def format(self, record) -> str:
-        return f"tfdist: {record.levelname.lower()}: {record.getMessage()}"
 
 
 def _given_overrides(argv: list[str]) -> list[str]:

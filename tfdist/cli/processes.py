@@ -7,10 +7,11 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from tfdist import config, errors
+from tfdist import config, errors, programs
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli.chatter import without_startup_chatter
-from tfdist.cli.usage import fail, near
+from tfdist.cli.usage import OneLine, fail, near
+from tfdist.cluster import ports
 from tfdist.cluster.hello import versions
 from tfdist.cluster.link import supervisor as supervisor_link
 from tfdist.cluster.resolve import job_token, resolve
@@ -19,7 +20,7 @@ from tfdist.launch import launcher, supervisor
 from tfdist.launch.assign import Group
 from tfdist.launch.watchdog import Limits
 
-_PROGRAM = [sys.executable, "-m", "tfdist.cli"]
+_PROGRAM = programs.module("tfdist.cli")
 _OWN_COMMANDS = ("train", "eval", "generate", "export", "doctor")
 
 _HELP = {
@@ -57,11 +58,15 @@ def main(command: str, arguments: list[str]) -> None:
         fail(" ".join(str(error).split()))
     if len(positional) > 1:
         fail(f"unexpected argument {positional[1]!r}; the program to start comes after --")
-    logging.get_absl_handler().setFormatter(logging.PythonFormatter("tfdist: warning: %(message)s"))
+    logging.get_absl_handler().setFormatter(OneLine())
     try:
         sys.exit({"launch": _launch, "supervise": _supervise, "doctor": _doctor}[command](given, program))
     except errors.Failure as error:
         fail(" ".join(str(error).split()), error.exit_code)
+    except OSError as error:
+        if not ports.is_out_of_descriptors(error):
+            raise
+        fail(f"{command}: {ports.out_of_descriptors()}")
     except KeyboardInterrupt:
         sys.exit(errors.STOPPED)
 

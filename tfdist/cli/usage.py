@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Collection
 
+from absl import logging
+
 from tfdist import errors
 
 
@@ -17,6 +19,13 @@ def near(name: str, known: Collection[str]) -> str:
     return f"; did you mean {', '.join(dict.fromkeys(names))}?" if names else ""
 
 
+class OneLine(logging.PythonFormatter):
+    """How this program's warnings look."""
+
+    def format(self, record) -> str:
+        return f"tfdist: {record.levelname.lower()}: {errors.printable(record.getMessage())}"
+
+
 def fail(message: str, code: int = errors.USAGE) -> None:
-    print(f"tfdist: {message}", file=sys.stderr)
+    print(f"tfdist: {errors.printable(message)}", file=sys.stderr)
     sys.exit(code)

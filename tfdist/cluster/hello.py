@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tfdist.cluster.spec import JOBS, Cluster, Task
+from tfdist.errors import printable
 
 
 def versions() -> dict[str, str]:
@@ -47,7 +48,7 @@ class Hello:
             task = Task(str(message["task"]["type"]), int(message["task"]["index"]))
             jobs = {str(job): [str(address) for address in addresses] for job, addresses in message["jobs"].items()}
             facts = {str(name): value for name, value in message["facts"].items()}
-            hello = cls(str(message["token"]), str(message["nonce"]), task, printable(message["who"], 100), jobs, facts)
+            hello = cls(str(message["token"]), str(message["nonce"]), task, one_line(message["who"], 100), jobs, facts)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
             return None
         return hello if {task.type, *jobs} <= set(JOBS) else None
@@ -81,6 +82,6 @@ class Hello:
         return ""
 
 
-def printable(text: Any, length: int) -> str:
+def one_line(text: Any, length: int) -> str:
     """What came over the network, for a line on a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:length])
+    return printable(str(text)[:length], besides="")

@@ -1,5 +1,6 @@
 """A cluster from the environment of a Kubernetes indexed Job. Pure functions."""
 
+import re
 from collections.abc import Mapping
 
 from tfdist.cluster.spec import Cluster, Task
@@ -22,7 +23,7 @@ def cluster(environ: Mapping[str, str], port: int) -> Cluster | None:
             "completionMode: Indexed"
         )
     index, count = environ["JOB_COMPLETION_INDEX"], environ["TFDIST_NUM_WORKERS"]
-    if not index.isdigit() or not count.isdigit() or not int(index) < int(count) <= 1 << 16:
+    if not all(re.fullmatch("[0-9]{1,6}", text) for text in (index, count)) or not int(index) < int(count) <= 1 << 16:
         raise UserError(
             f"Kubernetes: expected JOB_COMPLETION_INDEX below TFDIST_NUM_WORKERS, found {index!r:.40} and {count!r:.40}"
         )

@@ -3,38 +3,68 @@
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
+import resource
 import socket
 import time
 from pathlib import Path
 
 from tfdist.errors import UserError
 
-_RETRY_S = 0.2
+_RETRY_S, _BACKLOG = 0.2, 1024
 
 
-def listen(port: int) -> socket.socket:
-    """A listening socket on all interfaces, IPv4 and IPv6. Raises OSError when the port is taken."""
+class PortTaken(UserError):
+    """Another process of this machine listens there."""
+
+
+def listen(port: int, host: str = "") -> socket.socket:
+    """A listening socket: on loopback alone for a `host` that is this machine by any name of loopback, else on all
+    interfaces, IPv4 and IPv6. Raises OSError when the port is taken."""
+    if host.lower() == "localhost":
+        return socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
+    if _is_loopback(host):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", port), backlog=1024)
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+    return socket.create_server(("", port), backlog=_BACKLOG)
 
 
-async def take(port: int, give_up_s: float) -> socket.socket:
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+async def take(port: int, host: str, give_up_s: float) -> socket.socket:
     """Listens; tries again until the monotonic clock says `give_up_s`: who had the port before may still be dying.
 
-    Raises `UserError` that names the holder, or says why not.
+    Raises `PortTaken` that names the holder, or `UserError` that says why not.
     """
     while True:
         try:
-            return listen(port)
+            return listen(port, host)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise UserError(f"cannot listen on port {port}: {error.strerror}; give this task another port") from None
             if time.monotonic() >= give_up_s:
-                raise UserError(f"port {port} is taken by {holder(port)}; stop it, or give this task another port") from None
+                raise PortTaken(f"port {port} is taken by {holder(port)}; stop it, or give this task another port") from None
         await asyncio.sleep(_RETRY_S)
+
+
+def is_out_of_descriptors(error: BaseException | None) -> bool:
+    """Whether this process, or the machine, may open no more files and sockets."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def out_of_descriptors() -> str:
+    """What to say then."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"expected to open more files and sockets, found a limit of {most} for a process; raise it (ulimit -n {4 * most})"
 
 
 def reserve() -> socket.socket:

@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 
 from tfdist.cluster import ports
-from tfdist.cluster.hello import Hello, printable, versions
+from tfdist.cluster.hello import Hello, one_line, versions
 from tfdist.cluster.spec import Cluster, Task, split_address
 from tfdist.cluster.wire import MAX_LINE_BYTES, Connection, connect
 from tfdist.errors import STOPPED, Failure, PeerLost, UserError
@@ -27,6 +27,7 @@ _RETRY_S = 0.2
 _PORT_RETRY_S = 3.0
 _OWN_ERROR_FIRST_S = 0.5
 _SAY_AFTER_S, _SAY_EVERY_S = 4.0, 30.0  # who waits says for whom
+_ANSWER_S = 2.0  # one who is there answers at once
 _SUSPECT_S = 3.0  # a suspicion becomes an error unless everybody has met by then
 
 
@@ -77,6 +78,7 @@ class Meeting:
         self.ready: set[Task] = set()  # on the leader: who has met everyone
         self.reasons: dict[Task, str] = {}  # why a task has not been reached yet
         self.own_error: Failure | None = None
+        self.for_peers = ""  # the same, in the words that others are told
         self.told: Failure | None = None  # another task's error
         self.go = False
         self.warned: set[Task] = set()  # of a public address
@@ -92,6 +94,7 @@ class Meeting:
         Raises the error that concerns this task: its own first, then what another task said.
         """
         deadline_s = time.monotonic() + timeout_s
+        asyncio.get_running_loop().set_exception_handler(self._on_problem)
         for task in self.cluster.tasks:
             self.tasks.append(asyncio.ensure_future(self._reach(task)))
         self.tasks.append(asyncio.ensure_future(self._listen(deadline_s)))
@@ -119,12 +122,17 @@ class Meeting:
         self._close_all_but(kept.values())
         return kept
 
+    def _on_problem(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Of the event loop. A server that may open no more files reports it again and again, for each that waits."""
+        error = context.get("exception")
+        if ports.is_out_of_descriptors(error):
+            self._fail(UserError(f"{self.me}: {ports.out_of_descriptors()}"))
+        else:
+            loop.default_exception_handler(context)
+
     def stop(self) -> None:
         """From a signal handler of the event loop: `run` tells the others and raises `ToldToStop`."""
-        if self.own_error is None:
-            self.own_error = ToldToStop(f"{self.me} was told to stop")
-            self._tell_everyone(str(self.own_error), _kind(self.own_error))
-            self.changed.set()
+        self._fail(ToldToStop(f"{self.me} was told to stop"))
 
     async def _change(self, timeout_s: float) -> None:
         """Until something has happened, or for so long. Not `wait_for`, which can swallow a cancellation."""
@@ -147,9 +155,12 @@ class Meeting:
     # ---- my port ----
 
     async def _listen(self, deadline_s: float) -> None:
-        port = split_address(self.cluster.address(self.me))[1]
+        host, port = split_address(self.cluster.address(self.me))
         try:
-            listener = await ports.take(port, min(time.monotonic() + _PORT_RETRY_S, deadline_s))
+            listener = await ports.take(port, host, min(time.monotonic() + _PORT_RETRY_S, deadline_s))
+        except ports.PortTaken as error:  # by whom is nobody's business but this machine's
+            self._fail(UserError(f"{self.me}: {error}"), for_peers=f"{self.me}: port {port} is taken there")
+            return
         except UserError as error:
             self._fail(UserError(f"{self.me}: {error}"))
             return
@@ -175,8 +186,10 @@ class Meeting:
             connection.send(self.mine.to_json())
             known = self.came.get(peer)
             if known is not None and known[0] != hello.nonce:
-                self._fail(Disagreement(f"{peer} runs twice: {hello.who} came as well; start each task once"))
-                return
+                if await self._answers(known[1]):
+                    self._fail(Disagreement(f"{peer} runs twice: {hello.who} came as well; start each task once"))
+                    return
+                await self._forget(peer)
             self.came[peer] = (hello.nonce, connection)
             self.changed.set()
             await self._read(peer, connection)
@@ -185,6 +198,20 @@ class Meeting:
         if peer is not None and not self.go and self.came.get(peer, ("", None))[1] is connection:
             del self.came[peer]
             self.ready.discard(peer)
+
+    async def _answers(self, connection: Connection) -> bool:
+        """Whether the other end is still there: a machine that vanished closes nothing."""
+        asked_s = time.monotonic()
+        connection.send({"ping": True})
+        while connection.heard_s < asked_s and time.monotonic() - asked_s < _ANSWER_S and not self.go:
+            await asyncio.sleep(_RETRY_S / 4)
+        return connection.heard_s >= asked_s
+
+    async def _forget(self, peer: Task) -> None:
+        """Both connections to a machine that vanished; it is met again like one that has never come."""
+        self.ready.discard(peer)
+        gone = [connection for connection in (self.came.pop(peer)[1], self.reached.get(peer)) if connection is not None]
+        await asyncio.gather(*(connection.close() for connection in gone))
 
     # ---- the others ----
 
@@ -210,6 +237,8 @@ class Meeting:
             except asyncio.TimeoutError:
                 self.reasons[task] = "no answer (timed out)"
             except OSError as error:
+                if ports.is_out_of_descriptors(error):
+                    self._fail(UserError(f"{self.me}: {ports.out_of_descriptors()}"))
                 self.reasons[task] = (os.strerror(error.errno) if error.errno else str(error)).lower()
             except Exception as error:  # whatever answers there, the next attempt comes
                 self.reasons[task] = f"{type(error).__name__}: {error}"[:80]
@@ -250,8 +279,10 @@ class Meeting:
             if self.go:
                 connection.inbox.put_nowait(message)
                 continue
+            if message.get("ping") is True:
+                connection.send({"pong": True})
             if "error" in message and task != self.me:
-                self._hear(task, printable(message["error"], 2000), message.get("kind"))
+                self._hear(task, one_line(message["error"], 2000), message.get("kind"))
             if message.get("ready") is True:
                 self.ready.add(task)
             if message.get("go") is True and task == self.cluster.leader:
@@ -307,15 +338,15 @@ class Meeting:
             self.suspected[task] = (time.monotonic(), error)
             self.changed.set()
 
-    def _fail(self, error: Failure) -> None:
+    def _fail(self, error: Failure, for_peers: str = "") -> None:
         if self.own_error is None:
-            self.own_error = error
-            self._tell_everyone(str(error), _kind(error))
+            self.own_error, self.for_peers = error, for_peers or str(error)
+            self._tell_everyone()
             self.changed.set()
 
-    def _tell_everyone(self, error: str, kind: str) -> None:
+    def _tell_everyone(self) -> None:
         for connection in [*self.reached.values(), *(connection for _, connection in self.came.values())]:
-            connection.send({"error": error, "kind": kind})
+            connection.send({"error": self.for_peers, "kind": _kind(self.own_error)})
 
     async def _raise(self) -> None:
         if self.own_error is None:
@@ -325,7 +356,7 @@ class Meeting:
             known = len(self.came) + len(self.reached)
             await asyncio.sleep(_OWN_ERROR_FIRST_S)
             if len(self.came) + len(self.reached) > known:
-                self._tell_everyone(str(self.own_error), _kind(self.own_error))
+                self._tell_everyone()
         raise self.own_error or self.told
 
     def _incomplete(self, timeout_s: float) -> Failure:

@@ -1,6 +1,7 @@
 """Who we all are, from the environment. With `cli/` and `launch/` the only place that reads it. No TensorFlow."""
 
 import os
+import re
 from collections.abc import Mapping
 
 from absl import logging
@@ -24,7 +25,7 @@ def resolve(environ: Mapping[str, str] = os.environ) -> Cluster:
         for warning in warnings:
             logging.warning("%s", warning)
         return cluster
-    port = _port(environ)
+    port = number_of(environ, "TFDIST_PORT", DEFAULT_PORT, 1, 65535, "; it is the first port of a node's tasks")
     for found in (slurm.cluster(environ, port), kubernetes.cluster(environ, port)):
         if found is not None:
             return found
@@ -47,7 +48,7 @@ def supervisor_fd(environ: Mapping[str, str] = os.environ) -> int | None:
     TFDIST_SUPERVISOR is "fd:pid": a process that this one starts inherits the text, but is not the one that is meant.
     """
     fd, _, pid = environ.get("TFDIST_SUPERVISOR", "").partition(":")
-    return int(fd) if fd.isdigit() and pid == str(os.getpid()) else None
+    return int(fd) if re.fullmatch("[0-9]{1,7}", fd) and pid == str(os.getpid()) else None
 
 
 def wants_legacy_keras(environ: Mapping[str, str] = os.environ) -> bool:
@@ -57,10 +58,7 @@ def wants_legacy_keras(environ: Mapping[str, str] = os.environ) -> bool:
 
 def devices_per_worker(environ: Mapping[str, str] = os.environ) -> int:
     """What `tfdist launch --devices-per-worker` asked for; 0: nothing."""
-    given = environ.get("TFDIST_DEVICES_PER_WORKER", "0")
-    if not given.isdigit():
-        raise TFConfigError(f"TFDIST_DEVICES_PER_WORKER: must be a number, got {given!r:.80}")
-    return int(given)
+    return number_of(environ, "TFDIST_DEVICES_PER_WORKER", 0)
 
 
 def data_service_address(environ: Mapping[str, str] = os.environ) -> str:
@@ -68,8 +66,11 @@ def data_service_address(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get(DATA_SERVICE, "")
 
 
-def _port(environ: Mapping[str, str]) -> int:
-    given = environ.get("TFDIST_PORT", str(DEFAULT_PORT))
-    if not given.isdigit() or not 1 <= int(given) <= 65535:
-        raise TFConfigError(f"TFDIST_PORT: must be 1 to 65535, got {given!r:.80}; it is the first port of a node's tasks")
+def number_of(
+    environ: Mapping[str, str], name: str, default: int, at_least: int = 0, at_most: int = 10**9, hint: str = ""
+) -> int:  # fmt: skip
+    """What the environment says, or the default. Raises `TFConfigError` for what is no number between the two."""
+    given = environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,10}", given) or not at_least <= int(given) <= at_most:
+        raise TFConfigError(f"{name}: must be a number of {at_least} to {at_most}, got {given!r:.80}{hint}")
     return int(given)

@@ -69,7 +69,8 @@ def expand_counts(text: str) -> list[int]:
 
 
 def _split_outside_brackets(text: str) -> list[str]:
-    return re.split(r",(?![^\[]*\])", text)
+    inside = re.sub(r"\[[^\[\]]*\]", lambda brackets: brackets[0].replace(",", "\0"), text)
+    return [item.replace("\0", ",") for item in inside.split(",")]
 
 
 def _expand_ranges(text: str) -> list[str]:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +17,7 @@ class Connection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.reader, self.writer = reader, writer
+        self.heard_s = time.monotonic()  # when the last message came
         self.inbox: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # what came after the preflight; None: the end
 
     def send(self, message: dict[str, Any]) -> None:
@@ -31,6 +33,7 @@ class Connection:
             message = json.loads(line) if line.endswith(b"\n") else None
         except (OSError, ValueError, RecursionError):
             return None
+        self.heard_s = time.monotonic()
         return message if isinstance(message, dict) else None
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:

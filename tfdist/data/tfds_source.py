@@ -6,12 +6,12 @@ child process that is given up once nothing has arrived for a while.
 
 import difflib
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tfdist import programs
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError
 
@@ -82,7 +82,7 @@ def _download(tfds, name: str) -> None:
     folder = _data_dir(tfds)
     with tempfile.TemporaryFile("w+") as messages:  # a file: nobody reads a pipe meanwhile, and a full one stops the child
         child = subprocess.Popen(
-            [sys.executable, "-c", _PREPARE, name],
+            [*programs.code(_PREPARE), name],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages,
         )  # fmt: skip
         _wait_while_it_grows(child, name, folder)

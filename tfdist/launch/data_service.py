@@ -4,9 +4,9 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+from tfdist import programs
 from tfdist.cluster import ports
 from tfdist.launch.watchdog import describe_exit
 
@@ -30,7 +30,7 @@ class DataService:
     def _start(self, name: str, log_dir: Path, port: int, *dispatcher: str) -> None:
         with open(log_dir / f"{name}.log", "ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(os.getpid()), str(port), *dispatcher],
+                [*programs.module(_MODULE), str(os.getpid()), str(port), *dispatcher],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 

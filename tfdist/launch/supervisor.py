@@ -10,15 +10,17 @@ import dataclasses
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tfdist.cluster.preflight import Meeting, ToldToStop
+from tfdist.cluster.resolve import number_of
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.cluster.wire import Connection
-from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG, Failure
+from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG, Failure, UserError
 from tfdist.launch import restarts
 from tfdist.launch.process import LAUNCHER_FD, Child
 from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, is_frozen, is_lost, judge
@@ -61,8 +63,18 @@ def handle_signals(loop: asyncio.AbstractEventLoop, on_signal: Callable[[], None
 
 def from_launcher(environ: Mapping[str, str] = os.environ) -> dict[str, int | None]:
     """What a launcher put into the environment of its supervisors, as fields of `Job`."""
-    fd, restarts = environ.get(LAUNCHER_FD, ""), environ.get(MAX_RESTARTS, "0")
-    return {"launcher_fd": int(fd) if fd else None, "max_restarts": int(restarts)}
+    return {"launcher_fd": _launcher_fd(environ), "max_restarts": number_of(environ, MAX_RESTARTS, 0)}
+
+
+def _launcher_fd(environ: Mapping[str, str]) -> int | None:
+    if not environ.get(LAUNCHER_FD):
+        return None
+    fd, is_socket = number_of(environ, LAUNCHER_FD, 0), False
+    with contextlib.suppress(OSError):
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    if not is_socket:
+        raise UserError(f"{LAUNCHER_FD}: expected a socket of tfdist launch, found {fd}, which is none; unset it")
+    return fd
 
 
 class Supervisor:

@@ -16,6 +16,8 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tfdist.errors import printable
+
 _PLAIN_EVERY_S = 5.0
 _AGAIN_S = 60.0  # after a failure of TensorBoard's files
 
@@ -223,7 +225,7 @@ class Terminal:
             self._line(f"train step {row['step']}{of}: {numbers}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -18,7 +18,7 @@ from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.errors import PeerLost, UserError
 from tfdist.patches import server_runtime, servers
-from tfdist.strategies import base, devices
+from tfdist.strategies import base, devices, joined
 from tfdist.strategies.base import DatasetFn, Steps
 from tfdist.strategies.crew import LOST, Crew
 from tfdist.strategies.remote import Functions, Plain, ServerInput, ServerStep, run_of
@@ -67,12 +67,20 @@ class ParameterServer:
             raise UserError(
                 f"expected gradients_per_update >= 1 and max_staleness >= 0, found {gradients_per_update}, {max_staleness}"
             )
+        options = {
+            "partitioner": partitioner, "min_shard_bytes": min_shard_bytes, "max_shard_bytes": max_shard_bytes,
+            "num_shards": num_shards, "max_staleness": max_staleness, "gradients_per_update": gradients_per_update,
+        }  # fmt: skip
+        if (before := joined.before(self, cluster, options)) is not None:
+            self.__dict__ = before.__dict__
+            return
         self.num_replicas = self.num_replicas_in_sync = self.parts = gradients_per_update
         self.max_staleness, self.num_servers = max_staleness, len(cluster.ps)
         self.num_remote_workers = len(cluster.worker)
         self.tf_strategy = _connect(
             cluster, self._partitioner(partitioner, min_shard_bytes, max_shard_bytes, num_shards), start_timeout_s
         )
+        joined.remember(self, cluster, options)
         servers.parts_are_arrays()
         self._bytes_on = [0] * self.num_servers
         self._stop = threading.Event()

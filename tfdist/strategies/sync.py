@@ -17,7 +17,7 @@ from tfdist.cluster.spec import Cluster
 from tfdist.errors import DataError, PeerLost, UserError, exit_with_codes
 from tfdist.patches import variables
 from tfdist.patches.layers import ComponentVariables
-from tfdist.strategies import base, devices, input_checks, layout, messages, multi_worker
+from tfdist.strategies import base, devices, input_checks, joined, layout, messages, multi_worker
 from tfdist.strategies.base import DatasetFn, InputContext, ReplicaStep, Steps
 
 
@@ -278,14 +278,16 @@ class MultiWorkerMirrored(Synchronous):
         worker_weights: Sequence[float] = (),
     ):  # fmt: skip
         cluster = cluster or resolve()
-        tf_strategy = multi_worker.connect(
-            cluster,
-            num_devices=num_devices,
-            communication=communication,
-            bytes_per_pack=bytes_per_pack,
-            timeout_s=timeout_s,
-            start_timeout_s=start_timeout_s,
-        )
+        options = {
+            "num_devices": num_devices, "communication": communication, "bytes_per_pack": bytes_per_pack,
+            "timeout_s": timeout_s,
+        }  # fmt: skip
+        all_options = options | {"worker_weights": tuple(worker_weights)}
+        if (before := joined.before(self, cluster, all_options)) is not None:
+            self.__dict__ = before.__dict__  # the same one: its variables are there, on every worker
+            return
+        tf_strategy = multi_worker.connect(cluster, **options, start_timeout_s=start_timeout_s)
+        joined.remember(self, cluster, all_options)
         super().__init__(tf_strategy, cluster, worker_weights)
         if tf.compat.v1.get_seed(None) == (None, None):  # what shuffles without a seed does so alike on all workers
             tf.random.set_seed(int.from_bytes(self.exchange(os.urandom(4))[0], "little"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tfdist import programs
 from tfdist.errors import CHECK_FAILED, DONE, Failure, UserError
 from tfdist.verification import compare, subject
 from tfdist.verification.subject import NUM_STEPS, STRATEGIES, check, name_of
@@ -171,11 +172,11 @@ def _record(spec: Mapping[str, Any], strategy: str, experiments: list[list[str]]
     """Runs the strategy's processes to their end."""
     with tempfile.TemporaryDirectory(prefix="tfdist-verify-") as folder:
         (Path(folder) / "spec.json").write_text(json.dumps({**spec, "experiments": experiments}))
-        program = ["-m", "tfdist.verification.record", f"{folder}/spec.json", strategy, folder]
+        program = [*programs.module("tfdist.verification.record"), f"{folder}/spec.json", strategy, folder]
         kind, _, shape = strategy.partition(":")
         if kind == "multi_worker":
-            launch = ["-m", "tfdist.cli", "launch", f"--workers={shape.partition('x')[0]}", f"--log_dir={folder}"]
-            program = [*launch, "--", "python", *program]
+            launch = ["launch", f"--workers={shape.partition('x')[0]}", f"--log_dir={folder}"]
+            program = [*programs.module("tfdist.cli"), *launch, "--", *program]
         _finish(program, strategy)
         return [compare.read(Path(folder), number) for number in range(len(experiments))]
 
@@ -183,7 +184,7 @@ def _record(spec: Mapping[str, Any], strategy: str, experiments: list[list[str]]
 def _finish(program: list[str], strategy: str) -> None:
     """Raises what the process failed of."""
     process = subprocess.Popen(
-        [sys.executable, *program],
+        program,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:

@@ -1,0 +1,37 @@
+"""Which cluster this process has joined. TensorFlow joins one, and has no way out of it: a second one would pass the
+preflight and hang in its first variable."""
+
+from typing import Any
+
+from tfdist.cluster.spec import Cluster
+from tfdist.errors import UserError
+
+_joined: list[tuple[Any, Cluster, dict[str, Any]]] = []  # at most one
+
+
+def before(strategy: Any, cluster: Cluster, options: dict[str, Any]) -> Any | None:
+    """The strategy that this process has already made of the same cluster with the same options, as when a notebook's cell
+    runs again; None: it has joined no cluster. Raises `UserError` for any other one."""
+    if not _joined:
+        return None
+    known, its_cluster, its_options = _joined[0]
+    if (type(strategy), cluster, options) == (type(known), its_cluster, its_options):
+        return known
+    if cluster != its_cluster:
+        found = f"a second one: {_named(cluster)} after {_named(its_cluster)}"
+    else:
+        found = f"the same one with other options: {_shown(strategy, options)} after {_shown(known, its_options)}"
+    raise UserError(f"expected one cluster a process, found {found}; start a new process (restart the notebook's kernel)")
+
+
+def remember(strategy: Any, cluster: Cluster, options: dict[str, Any]) -> None:
+    """This process has joined the cluster."""
+    _joined.append((strategy, cluster, options))
+
+
+def _named(cluster: Cluster) -> str:
+    return f"{cluster.task} at {cluster.address(cluster.task)} of {len(cluster.tasks)}"
+
+
+def _shown(strategy: Any, options: dict[str, Any]) -> str:
+    return f"{type(strategy).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
