@@ -77,7 +77,7 @@ def _build(given: flags.FlagValues, positional: list[str]) -> None:
     out = Path(given.out).absolute()
     if not out.name:
         fail(f"--out: expected a new folder, found {given.out}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         fail(f"--out: expected a new folder, found {out}; to use it: --config.data.source=shards:{out}")
     plan = corpus.plan(given.source, given.text_key, given.validation_fraction, given.on_bad_record)
     processes = given.processes or os.cpu_count() or 1

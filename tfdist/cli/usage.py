@@ -18,5 +18,5 @@ def near(name: str, known: Collection[str]) -> str:
 
 
 def fail(message: str, code: int = errors.USAGE) -> None:
-    print(f"tfdist: {message}", file=sys.stderr)
+    print(f"tfdist: {errors.one_line(message)}", file=sys.stderr)
     sys.exit(code)
