@@ -62,6 +62,7 @@ class DataConfig:
     service: bool = match(False)  # read through the data service of `tfdist launch --data_workers`: no fixed order
     on_bad_record: str = free("refuse")  # refuse | skip
     max_bad_records: int = free(100)  # to skip; more of them end the build
+    max_record_mb: int = free(64)  # a longer line of a jsonl: source is a bad record
     cache_dir: str = free("")  # default: $TFDIST_CACHE, else the user's cache folder
 
 
@@ -173,7 +174,7 @@ _AT_LEAST_ONE = (
     "model.vocab_size", "model.num_layers", "model.num_heads", "model.model_dim", "data.sequence_length",
     "train.num_steps", "train.global_batch_size", "train.accumulate_steps", "train.steps_per_loop",
     "train.max_skipped_steps", "strategy.gradients_per_update", "strategy.min_shard_bytes", "strategy.max_shard_bytes",
-    "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb",
+    "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb", "data.max_record_mb",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",

@@ -115,6 +115,16 @@ def read_json(folder: Path, name: str) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value of JSON is a whole number, not negative, that fits 64 bits."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_digest(value: Any) -> bool:
+    """Whether it is a SHA-256 in hexadecimal."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The same with `sha256`: of everything else in it."""
     rest = {key: value for key, value in content.items() if key != "sha256"}

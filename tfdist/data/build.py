@@ -8,7 +8,6 @@ OUT. A file in it says that it is a build's, and is its lock: what else lies bes
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import os
@@ -23,14 +22,13 @@ import numpy as np
 
 from tfdist import files
 from tfdist.cluster.link import supervisor
-from tfdist.data import build_folder, corpus, tokenizer
+from tfdist.data import build_folder, corpus, index, tokenizer
 from tfdist.data.documents import BadRecord, Part
+from tfdist.data.index import FORMAT, INDEX, TOTALS, data_hash
 from tfdist.data.pieces import TRAIN, VALIDATION
 from tfdist.data.shard_writer import ShardWriter
 from tfdist.errors import DataError
 
-FORMAT = 2
-INDEX = "dataset.json"
 SHARD_TOKENS = 1 << 30  # at most: 2 GiB of uint16
 _TRAINING_BYTES_PER_TOKEN = 1 << 12  # of a BPE vocabulary: so much text trains it, in parts from all over the corpus
 
@@ -208,12 +206,11 @@ def _write_index(job: Job, source: str, spec: str) -> None:
     splits = {}
     for split in (TRAIN, VALIDATION):
         shards = [shard for record in records for shard in record["splits"][split]]
-        totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "not_utf8")}
+        totals = {name: sum(shard[name] for shard in shards) for name in TOTALS}
         splits[split] = {**totals, "shards": shards}
     if not splits[TRAIN]["tokens"]:
         raise DataError(f"data.source: expected text, found an empty source: {source}")
-    index = {
-        "format": FORMAT,
+    content = {
         "data_hash": data_hash(splits, tokenizer.fingerprint(made)),
         "source": source,
         "command": _command(job.plan, source, spec),
@@ -225,7 +222,7 @@ def _write_index(job: Job, source: str, spec: str) -> None:
         "bad_records": sum(len(record["bad_records"]) for record in records),
         "splits": splits,
     }
-    files.write(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    index.write(job.folder, content)
 
 
 def _command(plan: corpus.Plan, source: str, spec: str) -> str:
@@ -235,13 +232,3 @@ def _command(plan: corpus.Plan, source: str, spec: str) -> str:
         "on_bad_record": "skip" if plan.skip_bad_records else "refuse",
     }  # fmt: skip
     return " ".join(["tfdist data build", *(f"--{name}={shlex.quote(value)}" for name, value in options.items())])
-
-
-def data_hash(splits: dict, of_tokenizer: str) -> str:
-    """Of the tokens, where documents begin, their keys, and the tokenizer: not of names and places of files."""
-    digest = hashlib.sha256(f"{FORMAT}/{of_tokenizer}".encode())
-    for split, content in splits.items():
-        digest.update(f"/{split}".encode())
-        for shard in content["shards"]:
-            digest.update(f"/{shard['sha256']}/{shard['documents_sha256']}".encode())
-    return digest.hexdigest()[:32]
