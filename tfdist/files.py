@@ -74,23 +74,25 @@ def is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and bool(_PLAIN_NAME.fullmatch(name)) and name not in (".", "..")
 
 
-def open_inside(folder: Path, name: str, to_write: bool = False) -> IO[bytes]:
+_FLAGS = {"rb": os.O_RDONLY, "r+b": os.O_RDWR, "a+b": os.O_RDWR | os.O_APPEND | os.O_CREAT}
+
+
+def open_inside(folder: Path, name: str, mode: str = "rb") -> IO[bytes]:
     """Opens a regular file that lies directly inside a folder. A link, a pipe, a device or a path is an `OSError`, and none
-    is waited for."""
+    is waited for. `mode`: rb, r+b or a+b."""
     path = folder / name
     if not is_plain_name(name):
         raise OSError(errno.EINVAL, "expected a file directly inside its folder", str(path))
-    flags = os.O_RDWR if to_write else os.O_RDONLY
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, _FLAGS[mode] | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise _no_regular_file(path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _no_regular_file(path)
-    return open(descriptor, "r+b" if to_write else "rb")
+    return open(descriptor, mode)
 
 
 def _no_regular_file(path: Path) -> OSError:

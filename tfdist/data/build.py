@@ -231,4 +231,6 @@ def _command(plan: corpus.Plan, source: str, spec: str) -> str:
         "source": source, "tokenizer": spec, "text_key": plan.text_key, "validation_fraction": str(plan.splitter.fraction),
         "on_bad_record": "skip" if plan.skip_bad_records else "refuse",
     }  # fmt: skip
+    if plan.kind == "jsonl":
+        options["max_record_mb"] = str(plan.max_record_bytes >> 20)
     return " ".join(["tfdist data build", *(f"--{name}={shlex.quote(value)}" for name, value in options.items())])

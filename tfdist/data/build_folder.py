@@ -65,7 +65,7 @@ def _make(folder: Path) -> None:
 def _open_mark(folder: Path, stack: contextlib.ExitStack) -> IO[bytes] | None:
     """None: the folder is not of a build."""
     try:
-        file = stack.enter_context(files.open_inside(folder, _MARK, to_write=True))
+        file = stack.enter_context(files.open_inside(folder, _MARK, "r+b"))
     except PermissionError:
         raise
     except OSError:

@@ -92,11 +92,15 @@ def _last_cut(text: bytes) -> int:
 
 def _utf8(text: bytes) -> tuple[bytes, bool]:
     """Valid UTF-8, and whether something had to be replaced."""
+    decoded, replaced = _decoded(text)
+    return (decoded.encode() if replaced else text), replaced
+
+
+def _decoded(text: bytes) -> tuple[str, bool]:
     try:
-        text.decode()
+        return text.decode(), False
     except UnicodeDecodeError:
-        return text.decode(errors="replace").encode(), True
-    return text, False
+        return text.decode(errors="replace"), True
 
 
 def _unpacked_size(path: str) -> int:
@@ -120,8 +124,7 @@ def _read_json_lines(found: "Plan", piece: Piece) -> Iterator[Part | BadRecord]:
             is_gzip = span.path.endswith(".gz")
             while (is_gzip or place < span.end) and (line := file.readline(found.max_record_bytes + 1)):
                 where, place = place, place + len(line)
-                if len(line) > found.max_record_bytes:
-                    line = b""
+                if len(line) > found.max_record_bytes and not line.endswith(b"\n"):
                     place += _rest_of_line(file)
                     yield _bad(found, f"{span.path} at byte {where}", _TOO_LONG.format(found.max_record_bytes >> 20))
                 elif line.strip():
@@ -139,7 +142,7 @@ def _rest_of_line(file: IO[bytes]) -> int:
 
 
 def _record(found: "Plan", name: str, line: bytes, where: str) -> Iterator[Part | BadRecord]:
-    whole, replaced = _utf8(line)
+    whole, replaced = _decoded(line)
     try:
         record = json.loads(whole)
         text = record[found.text_key] if isinstance(record, dict) else None
