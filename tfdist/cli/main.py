@@ -36,8 +36,8 @@ USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same ans
 A config is a Python file with get_config(), or the name of one that comes with tfdist (`tfdist train --help`). Any value of
 it can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
 
-_RUN_MOST_CONFIG_BYTES = 1 << 20
-_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
+_MOST_CONFIG_BYTES = 1 << 20
+_RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
 _CONFIG_HELP = f"a Python file with get_config(), or a name ({', '.join(configs.names())})"
 _CONFIG_COMMANDS = ("train", "verify", "audit")  # of a config file
 _COMMANDS = (*_RUN_COMMANDS, "data", "launch", "supervise", "doctor")
@@ -151,9 +151,10 @@ def _stored_config(argv: list[str]) -> tuple[config.Config, str]:
         raise errors.UserError(f"--workdir: cannot read {path}: {why}") from error
     if owner in _own_users():
         return stored, ""
-    asks = f"data.source={stored.data.source[:100]!r}, data.tokenizer={stored.data.tokenizer[:50]!r}"
-    asks += f", data.cache_dir={stored.data.cache_dir[:100]!r}" if stored.data.cache_dir else " and the usual cache"
-    return stored, f"--workdir: {path} belongs to another user (number {owner}) and asks for {asks}; --trust reads them"
+    source, cache = (errors.one_line(repr(value), 120) for value in (stored.data.source, stored.data.cache_dir))
+    asks = f"data.source={source} and {f'data.cache_dir={cache}' if stored.data.cache_dir else 'the usual cache'}"
+    name = errors.one_line(path, 120)
+    return stored, f"--workdir: {name} belongs to another user (number {owner}) and asks for {asks}; --trust reads them"
 
 
 def _own_users() -> set[int]:
