@@ -108,8 +108,8 @@ class Checkpoint(keras.callbacks.Callback):
         known = epoch_iterator.steps_per_epoch or epoch_iterator.num_batches
         if known is not None and self.batch > int(known):
             raise CheckpointError(
-                f"checkpoint: {self.folder} is of a fit with {self.batch} batches done in an epoch, found epochs of {known}; "
-                "give the same data, or another folder"
+                f"checkpoint: {self.folder} is of a fit that had done {self.batch} batches of an epoch, found epochs of "
+                f"{known}; give the same data, or another folder"
             )
         start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
         epochs = self.epoch - self.initial_epoch
