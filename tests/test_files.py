@@ -4,10 +4,10 @@ import concurrent.futures
 import contextlib
 import fnmatch
 import glob
+import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,19 +40,19 @@ def tree(folder: Path, without: str = "") -> dict[str, tuple]:
 # ---- one line ----
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "plain",
-        "two\nlines",
-        "\x1b[31mred\x07",
-        "x" * 10_000,
-        "\udc80\u202e\x00" * 200,
-        "a" * 400 + "\x00" * 400,
-        "  é  ",
-        "",
-    ],
-)
+SAID = [
+    "plain",
+    "two\nlines",
+    "\x1b[31mred\x07",
+    "x" * 10_000,
+    "\udc80\u202e\x00" * 200,
+    "a" * 400 + "\x00" * 400,
+    " é ",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", SAID, ids=range(len(SAID)))
 def test_what_strangers_say_is_one_printable_line(text):
     line = one_line(text)
     assert line.isprintable() and len(line) <= 480 and line == one_line(line)
@@ -68,10 +68,8 @@ def strange_files(folder: Path) -> list[str]:
     os.mkfifo(folder / "pipe")
     for name, target in (("link", "inside"), ("loop", "loop"), ("zero", "/dev/zero"), ("gone", "nowhere"), ("up", ".")):
         (folder / name).symlink_to(target)
-    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(folder):
-        listener.bind("socket")
-    return ["folder", "pipe", "link", "loop", "zero", "gone", "up", "socket", "", ".", "..", "folder/../inside", "/etc/passwd",
-            "in\0side", "\ud800", "x" * 300]  # fmt: skip
+    links = ["link", "loop", "zero", "gone", "up"]
+    return [*links, "folder", "pipe", "", ".", "..", "folder/../inside", "/etc/passwd", "in\0side", "\ud800", "x" * 300]
 
 
 @pytest.mark.parametrize("mode", ["rb", "r+b", "a+b"])
@@ -131,9 +129,10 @@ def test_processes_with_equal_numbers_open_one_cache_at_once(text_files, tmp_pat
     assert len(list(tmp_path.glob("*"))) == 2  # the dataset, and `sources`
 
 
-@pytest.mark.parametrize(
-    "memo", [b"", b"no hash", b"../elsewhere", b"/etc", b"0" * 31, b"0" * 33, b"\xff" * 32, "pipe", "link"]
-)
+MEMOS = [b"", b"no hash", b"../elsewhere", b"/etc", b"0" * 31, b"0" * 33, b"\xff" * 32, "pipe", "link"]
+
+
+@pytest.mark.parametrize("memo", MEMOS, ids=range(len(MEMOS)))
 def test_a_memo_that_is_no_hash_is_computed_anew_and_points_nowhere_else(text_files, tmp_path, memo):
     source, cache = DataConfig(source=f"files:{text_files}/*.txt"), tmp_path / "cache"
     first = shards.open_source(source, cache)
@@ -151,9 +150,8 @@ def test_a_memo_that_is_no_hash_is_computed_anew_and_points_nowhere_else(text_fi
     before = tree(tmp_path / "elsewhere")
     assert shards.open_source(source, cache) == first
     assert path.read_text() == first.path.name and not path.is_symlink()
-    assert tree(tmp_path / "elsewhere") == before and sorted(p.name for p in cache.iterdir()) == sorted(
-        ["sources", path.read_text()]
-    )
+    assert tree(tmp_path / "elsewhere") == before
+    assert {p.name for p in cache.iterdir()} == {"sources", first.path.name}
 
 
 # ---- what lies beside a build ----
@@ -200,10 +198,7 @@ def test_a_build_beside_a_lock_of_the_users_ends_with_0(text_files, tmp_path):
     (tmp_path / "uv.lock").write_text("precious")
     done = tfdist("data", "build", f"--source=files:{text_files}/*.txt", f"--out={tmp_path}/uv")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "uv.lock").read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == [
-        "uv",
-        "uv.lock",
-    ]
+    assert (tmp_path / "uv.lock").read_text() == "precious" and {p.name for p in tmp_path.iterdir()} == {"uv", "uv.lock"}
 
 
 def test_what_a_user_put_into_the_folder_of_a_build_stays(text_files, tmp_path):
@@ -248,10 +243,7 @@ def test_each_real_file_is_read_once_whatever_links_lie_there(tmp_path, kind):
         (root / link).symlink_to(target)
     done = run(["-c", READ, f"{kind}:{root}/**/*.txt"], limit_s=30)
     assert done.returncode == 0, done.stderr
-    found = {name.partition("@")[0] for name in eval(done.stdout)}
-    assert found == {f"corpus/{name}" for name in names} | {"corpus/beside/far.txt"} and len(eval(done.stdout)) <= 62
-    if kind == "jsonl":
-        assert len(eval(done.stdout)) == 31
+    assert [name.partition("@")[0] for name in json.loads(done.stdout)] == sorted([*names, "beside/far.txt"])
 
 
 def test_without_links_patterns_mean_what_they_mean_to_glob(tmp_path):
