@@ -65,20 +65,17 @@ def test_a_config_from_elsewhere_is_one_line(tmp_path, kind):
     assert "config.json" in line
 
 
-@pytest.mark.parametrize(("section", "name", "value"), [
-    (section, name, value)
-    for section, fields in CONFIG.items() for name in fields for value in (None, [], {}, "x" * 999, "\x1b", 1 << 70, True, -1.5, 7)
-])  # fmt: skip
-def test_each_value_of_a_config_has_its_type(section, name, value):
-    default = CONFIG[section][name]
-    fits = type(value) is type(default) or (type(default) is float and type(value) is int)
-    text = json.dumps({section: {name: value}})
-    if fits and value != 1 << 70:
-        assert getattr(getattr(config.from_json(text), section), name) == value
-    else:
-        with pytest.raises(ValueError, match=f"{section}.{name}: expected a value of ") as error:
-            config.from_json(text)
-        assert str(error.value).isprintable() and len(str(error.value)) < 300
+def test_each_value_of_a_config_has_its_type():
+    values = (None, [], {}, "x" * 999, "\x1b", 1 << 70, True, -1.5, 7)
+    for section, name, value in ((s, n, v) for s, fields in CONFIG.items() for n in fields for v in values):
+        default, text = CONFIG[section][name], json.dumps({section: {name: value}})
+        fits = type(value) is type(default) or (type(default) is float and type(value) is int)
+        if fits and value != 1 << 70:
+            assert getattr(getattr(config.from_json(text), section), name) == value
+        else:
+            with pytest.raises(ValueError, match=f"{section}.{name}: expected a value of ") as error:
+                config.from_json(text)
+            assert str(error.value).isprintable() and len(str(error.value)) < 300
 
 
 def test_a_dataset_from_elsewhere_is_one_line_of_the_command(text_files, tmp_path):
