@@ -16,7 +16,7 @@ from typing import IO, Any
 from tfdist.cluster.link import supervisor
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
-_MOST_JSON_BYTES = 64 << 20  # of a manifest of 100,000 arrays
+MOST_JSON_BYTES = 64 << 20  # of a manifest of 100,000 arrays
 
 
 # ---- writing ----
@@ -99,7 +99,7 @@ def _no_regular_file(path: Path) -> OSError:
     return OSError(errno.EINVAL, "expected a regular file", str(path))
 
 
-def read_inside(folder: Path, name: str, at_most: int = _MOST_JSON_BYTES) -> bytes:
+def read_inside(folder: Path, name: str, at_most: int = MOST_JSON_BYTES) -> bytes:
     """The content of a file as `open_inside` has it. More than `at_most` bytes are an `OSError`."""
     with open_inside(folder, name) as file:
         content = file.read(at_most + 1)

@@ -5,6 +5,7 @@ byte_offset), so that a later sharded save needs no new format; today each has o
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -71,7 +72,10 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
             "arrays": entries,
             "files": {_VALUES: {"size": size, "sha256": checksum}},
         }
-        files.write(temporary / manifests.NAME, json.dumps(files.sealed(manifest), indent=1).encode())
+        content = json.dumps(files.sealed(manifest), indent=1).encode()
+        if len(content) > files.MOST_JSON_BYTES:
+            raise OSError(errno.EFBIG, f"a manifest of {len(content)} bytes would not be read again")
+        files.write(temporary / manifests.NAME, content)
         files.sync_folder(temporary)
         if final.exists():  # damaged
             shutil.rmtree(final)

@@ -49,7 +49,7 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             file = files.open_inside(self.path, ".lock", "a+b")  # kept open on purpose
         except OSError as error:
-            raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
+            raise UserError(f"workdir: cannot write to {error.filename or self.path}: {error.strerror}") from error
         self._flock(file)
         with contextlib.suppress(OSError):  # a full disk: others are kept out, but not told by whom
             os.ftruncate(file.fileno(), 0)

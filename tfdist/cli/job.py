@@ -13,7 +13,7 @@ from tfdist.checkpoint import keys, store
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token
-from tfdist.config import Config, batch_sizes, config_hash, differing_fields, from_json, to_json
+from tfdist.config import Config, batch_sizes, config_hash, differing_fields, from_json, to_json, validate
 from tfdist.data import shards, tokenizer
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
 from tfdist.errors import CheckpointError, DataError, UserError, one_line
@@ -141,7 +141,7 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
     beginning.check_nothing_lost(workdir)  # before a new config hides which run it was
     if store.steps(workdir.checkpoints) and workdir.config.exists():
         try:
-            old = from_json(files.read_inside(workdir.path, workdir.config.name).decode())
+            old = validate(from_json(files.read_inside(workdir.path, workdir.config.name).decode()))
         except (OSError, ValueError) as error:
             raise UserError(f"workdir: {workdir.config} is damaged ({error}); --fresh starts anew") from error
         differing = differing_fields(old, config)
@@ -202,7 +202,13 @@ def keep_tokenizer(dataset: shards.TokenDataset, workdir: Workdir) -> None:
 
 def text_tokenizer(config: Config, workdir: Workdir) -> tokenizer.Tokenizer:
     """The one that a run was trained with."""
-    return tokenizer.restore(config.data.tokenizer, workdir.path)
+    made = tokenizer.restore(config.data.tokenizer, workdir.path)
+    if made.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: expected at least the {made.vocab_size} of the tokenizer in {workdir.path}, found "
+            f"{config.model.vocab_size}"
+        )
+    return made
 
 
 def load_weights(model: TransformerLM, origin: str) -> int:
@@ -229,6 +235,6 @@ def load_checkpoint(model: TransformerLM, found: store.Checkpoint, data_hash: st
 def _keras_file_arrays(path: str) -> dict:
     try:
         source = keras.saving.load_model(path, compile=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"train.init_from: cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # of a file from elsewhere: whatever Keras raises
+        raise CheckpointError(f"train.init_from: cannot read {path}: {one_line(error, 200)}") from error
     return {MODEL + key: variable.numpy() for key, variable in keys.model_keys(source).items()}

@@ -15,7 +15,7 @@ from tfdist.data.index import documents_of
 from tfdist.errors import DataError
 
 FILE = ".verified.json"  # machine -> name -> the state in which a file was found right
-_MOST_MACHINES = 64  # whose states are kept
+_MOST_MACHINES = 16  # whose states are kept
 _CHUNK = 1 << 21
 _MACHINE_FILES = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id")
 
