@@ -174,7 +174,8 @@ class Fits(Manifests):
 
     def __init__(self, folder: Path):
         self.workdir, self.newest, self.good = folder / "fit", folder / "fit" / "step-00000006", folder / "good"
-        self.fit(stop_at=6)
+        with contextlib.suppress(InterruptedError):
+            self.fit(stop_at=6)
         shutil.copytree(self.newest, self.good)
         self.saved = folder / "saved"
         shutil.copytree(self.workdir, self.saved)
@@ -185,14 +186,17 @@ class Fits(Manifests):
         import tfdist
 
         class Stop(keras.callbacks.Callback):
-            def on_train_batch_begin(self, batch, logs=None):
-                if stop_at and (fit_checkpoint.step or 0) == stop_at:
+            ended = 0
+
+            def on_train_batch_end(self, batch, logs=None):
+                self.ended += 1
+                if self.ended == stop_at + 1 and stop_at:  # before the next one begins, this one's checkpoint is written
                     raise InterruptedError
 
         rows = np.arange(32, dtype="float32").reshape(-1, 1) / 32
         with tfdist.OneDevice().scope():
             model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2), keras.layers.Dense(1)])
-            model.compile(keras.optimizers.Adam(0.01, use_ema=True), "mse", metrics=["mae"])
+            model.compile(keras.optimizers.Adam(0.01, use_ema=True), "mse", metrics=["mae"], jit_compile=False)
         fit_checkpoint = tfdist.fit.Checkpoint(self.workdir, every_steps=1)
         others = [
             keras.callbacks.EarlyStopping("loss", patience=3, restore_best_weights=True),
@@ -305,11 +309,10 @@ class Heard(logging.Handler):
 
 def main(kind: str, count: int, seed: int) -> None:
     heard, ended, wrong, slowest_s = Heard(), Counter(), [], 0.0
-    absl_logging.use_absl_handler()
-    logging.getLogger("absl").handlers[:] = [heard]
-    logging.getLogger().handlers[:] = []
     with tempfile.TemporaryDirectory() as folder:
         subject = {"manifests": Manifests, "fits": Fits, "datasets": Datasets}[kind](Path(folder))
+        logging.getLogger().handlers[:] = []
+        absl_logging.get_absl_logger().handlers[:] = [heard]
         memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (memory + MOST_BYTES, resource.RLIM_INFINITY))
         for i in range(count):

@@ -253,7 +253,7 @@ def test_without_links_patterns_mean_what_they_mean_to_glob(tmp_path):
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("x")
-    pieces = ["**", "*", "a*", "?", "a", ".h", ".*", "[ab]", "..", "*.txt", "x.txt", "[[]z].txt", "**"]
+    pieces = ["**", "*", "a*", "?", "a", ".h", ".*", "[ab]", "*.txt", "x.txt", "[[]z].txt", "**"]
     for _ in range(400):
         pattern = "/".join([str(tmp_path), *(chance.choice(pieces) for _ in range(chance.randrange(1, 5)))])
         expected = {os.path.realpath(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}

@@ -20,6 +20,7 @@ import tfdist
 from tfdist import files
 from tfdist.checkpoint import store
 from tfdist.errors import CheckpointError, UserError, WorkdirInUse
+from tfdist.fit import saved
 
 slow = pytest.mark.slow
 RNG = np.random.default_rng(0)
@@ -175,6 +176,7 @@ FIT_DAMAGE = {
     "another step": lambda fit: fit.update(step=5),
     "a text for a step": lambda fit: fit.update(step="6"),
     "an epoch before the first": lambda fit: fit.update(epoch=-1),
+    "an epoch far away": lambda fit: fit.update(epoch=10**15),
     "more batches than an epoch has": lambda fit: fit.update(batch=10**15),
     "no history": lambda fit: fit.pop("history"),
     "a number for callbacks": lambda fit: fit.update(callbacks=3),
@@ -182,14 +184,23 @@ FIT_DAMAGE = {
 }
 
 
+AT_THE_BEGINNING = ("nothing for a number", "a truth value for a number", "more batches than an epoch has")
+
+
 def test_what_contradicts_itself_in_a_checkpoint_of_fit_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         trained("numpy", tmp_path / "saved", interrupt_at=7)
-    for name, damage in FIT_DAMAGE.items():
-        shutil.copytree(tmp_path / "saved", tmp_path / name)
-        edit_fit(tmp_path / name / "step-00000006", damage)
-        with pytest.raises(CheckpointError, match=name) as error:
-            trained("numpy", tmp_path / name, interrupt_at=1)
+    for i, (name, damage) in enumerate(FIT_DAMAGE.items()):
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "saved", folder)
+        edit_fit(folder / "step-00000006", damage)
+        if name not in AT_THE_BEGINNING:
+            found = store.latest(folder)
+            begin = lambda found=found: saved.facts_of(found)  # noqa: E731
+        else:
+            begin = lambda folder=folder: trained("numpy", folder, interrupt_at=1)  # noqa: E731
+        with pytest.raises(CheckpointError, match=str(folder)) as error:
+            begin()
         assert str(error.value).isprintable() and len(str(error.value)) < 480, name
 
 

@@ -28,7 +28,10 @@ DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (*"?bBhHiIqQefdFD", *_
 
 def read(folder: Path) -> dict[str, Any]:
     """Raises `OSError`, or `ValueError` with what is wrong."""
-    manifest = files.read_json(folder, NAME)
+    try:
+        manifest = files.read_json(folder, NAME)
+    except ValueError as error:
+        raise ValueError(f"not a manifest ({error})") from error
     if not isinstance(manifest, dict):
         raise ValueError("not a manifest (an object was expected)")
     if manifest.get("format") != FORMAT:

@@ -31,13 +31,16 @@ def _problem(facts: Any, found: store.Checkpoint) -> str:
     for name in ("step", "epoch", "batch", "initial_epoch", "steps_per_execution"):
         if not files.is_count(facts.get(name)):
             return name
-    if facts["step"] != found.step or facts["epoch"] < facts["initial_epoch"]:
-        return "step or epoch"
+    if facts["step"] != found.step:
+        return "step"
     if type(facts.get("stopped")) is not bool:
         return "stopped"
     history = facts.get("history")
     if not isinstance(history, dict) or not all(isinstance(values, list) for values in history.values()):
         return "history"
+    done, logged = facts["epoch"] - facts["initial_epoch"], max(map(len, history.values()), default=facts["step"])
+    if not 0 <= done <= min(logged, facts["step"]):
+        return "epoch"
     return "" if _are_counters(facts.get("callbacks"), found) else "callbacks"
 
 
