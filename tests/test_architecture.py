@@ -25,7 +25,8 @@ FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_TENSORFLOW = ["__init__.py", "config.py", "errors.py", "models/count.py", "cli/main.py", "cluster/", "launch/",
                       "checkpoint/", "metrics/writers.py", "metrics/report.py", "files.py", "programs.py", "data/build.py",
                       "data/corpus.py", "data/documents.py", "data/pieces.py", "data/shards.py", "data/shard_writer.py",
-                      "data/tokenizer.py", "configs/__init__.py",
+                      "data/tokenizer.py", "data/build_folder.py", "data/globs.py", "data/index.py", "data/npy.py",
+                      "data/verified.py", "configs/__init__.py",
                       "verification/run.py", "verification/compare.py", "verification/subject.py"]  # fmt: skip
 ENVIRONMENT_ALLOWED = ("cli/", "cluster/resolve.py", "launch/")
 

@@ -15,7 +15,9 @@ import pytest
 
 from tfdist import files
 from tfdist.checkpoint import keys, policy, store
-from tfdist.errors import CheckpointError
+from tfdist.checkpoint.workdir import Workdir
+from tfdist.errors import CheckpointError, UserError
+from tfdist.train import beginning
 
 ARRAYS = {
     "model/a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -60,6 +62,18 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
+def edit_manifest(path, change):
+    """With its checksum made anew."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(files.sealed(manifest)))
+
+
+def linked(path):
+    path.rename(path.with_name("beside"))
+    path.symlink_to("beside")
+
+
 DAMAGE = {
     "a flipped byte": (lambda p: flip_a_byte(p / "values-00000.bin"), "SHA-256 does not match"),
     "a cut file": (lambda p: os.truncate(p / "values-00000.bin", 5), "bytes, found 5"),
@@ -73,7 +87,16 @@ DAMAGE = {
     "an edited manifest": (lambda p: edit(p / "manifest.json", '"byte_offset": 0', '"byte_offset": 4'), "its own SHA-256"),
     "another step's manifest": (lambda p: edit(p / "manifest.json", '"step": 9', '"step": 8'), "its own SHA-256"),
     "a list": (lambda p: (p / "manifest.json").write_text("[]"), "not a manifest"),
-    "files of another form": (lambda p: edit(p / "manifest.json", '"size": ', '"sise": '), "not a manifest"),
+    "files of another form": (lambda p: edit_manifest(p, lambda m: m.update(files=[])), "not a manifest"),
+    "a text for a step": (lambda p: edit_manifest(p, lambda m: m.update(step="9")), "not a manifest"),
+    "deep JSON": (lambda p: (p / "manifest.json").write_text("[" * 100_000), "nested too deep"),
+    "a pipe": (lambda p: ((p / "manifest.json").unlink(), os.mkfifo(p / "manifest.json")), "expected a regular file"),
+    "values that are a link": (lambda p: linked(p / "values-00000.bin"), "expected a regular file"),
+    "values elsewhere": (
+        lambda p: edit_manifest(p, lambda m: m["files"].update({"../step-00000005/values-00000.bin": {}})),
+        "not a manifest",
+    ),
+    "a pipe for a folder": (lambda p: (shutil.rmtree(p), os.mkfifo(p)), "Not a directory"),
 }
 
 
@@ -146,14 +169,145 @@ def test_a_disk_that_does_not_take_it_leaves_the_last_good_one(tmp_path):
 def test_slices_are_put_together(tmp_path):
     """The manifest of a sharded save that does not exist yet: two slices of one array."""
     path = store.save(tmp_path, 1, {"a": np.arange(8.0).reshape(4, 2)}, {})
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["arrays"]["a"]["slices"] = [
+    slices = [
         {"offset": [2, 0], "shape": [2, 2], "file": "values-00000.bin", "byte_offset": 32},
         {"offset": [0, 0], "shape": [2, 2], "file": "values-00000.bin", "byte_offset": 0},
     ]
-    manifest["sha256"] = store._manifest_checksum(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(path, lambda manifest: manifest["arrays"]["a"].update(slices=slices))
     np.testing.assert_array_equal(store.latest(tmp_path).arrays()["a"], np.arange(8.0).reshape(4, 2))
+
+
+def random_boxes(chance, box, at_least):
+    """A box cut again and again."""
+    found = [box]
+    while len(found) < at_least:
+        offset, shape = found.pop(chance.randrange(len(found)))
+        dim = chance.randrange(len(shape))
+        cut = chance.randrange(shape[dim] + 1)
+        for start, size in ((0, cut), (cut, shape[dim] - cut)):
+            found.append(([*offset[:dim], offset[dim] + start, *offset[dim + 1 :]], [*shape[:dim], size, *shape[dim + 1 :]]))
+    return found
+
+
+def test_slices_that_cover_an_array_once_and_only_those_are_read(tmp_path):
+    """Random cuts are put together to what was saved; with a slice away, twice, moved or longer they are refused. The oracle
+    counts how often each element is covered."""
+    chance, whole = random.Random(0), np.arange(5 * 4 * 6, dtype=np.float32).reshape(5, 4, 6)
+    refused = 0
+    for step in range(200):
+        boxes = random_boxes(chance, ([0, 0, 0], [5, 4, 6]), chance.randrange(1, 9))
+        do = chance.randrange(5)
+        one = chance.randrange(len(boxes))
+        if do == 1:
+            del boxes[one]
+        elif do == 2:
+            boxes.append(boxes[one])
+        elif do == 3:
+            boxes[one] = ([chance.randrange(5) for _ in range(3)], boxes[one][1])
+        elif do == 4:
+            boxes[one] = (boxes[one][0], [chance.randrange(5) for _ in range(3)])
+        counts = np.zeros([20, 20, 20], int)
+        places = [tuple(slice(o, o + n) for o, n in zip(*box, strict=True)) for box in boxes]
+        for place in places:
+            counts[place] += 1
+        path, start, slices = tmp_path / f"step-{step:08d}", 0, []
+        content = b"".join(whole[place].tobytes() for place in places)
+        for (offset, shape), place in zip(boxes, places, strict=True):
+            slices.append({"offset": offset, "shape": shape, "file": "values-00000.bin", "byte_offset": start})
+            start += whole[place].nbytes
+        store.save(tmp_path, step, {"a": np.frombuffer(content, np.uint8)}, {})
+        entry = {"shape": [5, 4, 6], "dtype": "float32", "slices": slices}
+        edit_manifest(path, lambda manifest, entry=entry: manifest["arrays"].update(a=entry))
+        inside = all(o + n <= size for box in boxes for o, n, size in zip(*box, whole.shape, strict=True))
+        if inside and (counts[:5, :4, :6] == 1).all() and counts.sum() == whole.size:
+            np.testing.assert_array_equal(store.verify(path).arrays()["a"], whole)
+        else:
+            refused += 1
+            with pytest.raises(CheckpointError, match="not a manifest|exactly once"):
+                store.verify(path)
+    assert 50 < refused < 180
+
+
+BAD_ARRAYS = {
+    "no slices": {"slices": []},
+    "objects": {"dtype": "object"},
+    "texts": {"dtype": "<U2"},
+    "records": {"dtype": "V8"},
+    "dates": {"dtype": "datetime64[ns]"},
+    "no type": {"dtype": None},
+    "a number for a type": {"dtype": 8},
+    "a negative shape": {"shape": [-2, -3]},
+    "another shape": {"shape": [3, 3]},
+    "a huge shape": {"shape": [1 << 40, 1 << 20]},
+    "a huge shape without elements": {"shape": [0, 1 << 62, 1 << 62], "slices": []},
+    "a text for a shape": {"shape": "23"},
+    "truth values for a shape": {"shape": [True, True]},
+    "a list": [],
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ARRAYS)
+def test_arrays_that_are_none_are_refused_before_memory_is_taken(tmp_path, bad):
+    store.save(tmp_path, 5, ARRAYS, {})
+    path = store.save(tmp_path, 9, ARRAYS, {})
+
+    def change(manifest):
+        entry = manifest["arrays"]["model/a"]
+        manifest["arrays"]["model/a"] = {**entry, **BAD_ARRAYS[bad]} if BAD_ARRAYS[bad] else []
+
+    edit_manifest(path, change)
+    assert store.latest(tmp_path).step == 5
+
+
+@pytest.mark.parametrize("piece", [
+    {"byte_offset": 1000}, {"byte_offset": -4}, {"byte_offset": 1.0}, {"byte_offset": 4}, {"file": "manifest.json"},
+    {"file": "../x"}, {"file": None}, {"offset": [0]}, {"offset": [0, 1]}, {"offset": [-1, 0]}, {"shape": [2, 4]},
+])  # fmt: skip
+def test_slices_outside_of_their_file_or_array_and_bytes_of_two_arrays_are_refused(tmp_path, piece):
+    store.save(tmp_path, 5, ARRAYS, {})
+    path = store.save(tmp_path, 9, ARRAYS, {})
+    edit_manifest(path, lambda manifest: manifest["arrays"]["model/a"]["slices"][0].update(piece))
+    assert store.latest(tmp_path).step == 5
+
+
+def test_names_that_are_no_steps_are_passed_over(tmp_path):
+    """Among them digits that `int` does not take, and steps that Python writes in another way."""
+    store.save(tmp_path, 5, ARRAYS, {})
+    for name in ("step-²", "step-٣", "step-7", "step-000000007", "step-", "step--0000001", "step-" + "9" * 240):
+        (tmp_path / name).mkdir()
+    assert store.steps(tmp_path) == [5] and store.latest(tmp_path).step == 5
+    with pytest.raises(CheckpointError, match="expected numbers, found x of <U4"):
+        store.save(tmp_path, 6, {"x": np.array("text")}, {})
+    assert store.steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o007, 0o077])
+def test_checkpoints_have_the_modes_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        path = store.save(tmp_path / "checkpoints", 5, ARRAYS, {})
+    finally:
+        os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (path.parent, path)] == [0o777 & ~umask] * 2
+    assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask}
+
+
+# ---- the workdir ----
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "report.png"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_workdir_from_elsewhere_cannot_lead_to_other_files(tmp_path, name, kind):
+    """Nothing is written through its links, and nothing waits for its pipes."""
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("precious")
+    folder.mkdir()
+    {"link": lambda p: p.symlink_to(precious), "pipe": os.mkfifo, "folder": Path.mkdir}[kind](folder / name)
+    workdir = Workdir(folder)
+    begin = workdir.lock if name == ".lock" else lambda: beginning.check_writable(workdir)
+    with pytest.raises(UserError, match="cannot write to .*expected a regular file"):
+        begin()
+    assert precious.read_text() == "precious"
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,28 @@ def test_generate_and_export(finished, tmp_path):
     assert_one_line(tfdist("export", f"--workdir={workdir}", "--out=model.h5"), 2, "expected a file name ending in .keras")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+@pytest.mark.parametrize("command", ["eval", "generate", "export"])
+def test_a_workdir_of_another_user_says_what_it_asks_for_and_is_read_with_trust(finished, text_files, tmp_path, command):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    os.chown(workdir / "config.json", 65534, -1)
+    source = f"files:{text_files}/*.txt"
+    cache = f"--config.data.cache_dir={tmp_path}/cache"  # what the command line says does not make it one's own
+    arguments = [command, f"--workdir={workdir}", *([f"--out={tmp_path}/m.keras"] if command == "export" else [])]
+    for more in ([], [cache]):
+        done = tfdist(*arguments, *more)
+        assert_one_line(done, 2, "belongs to another user (number 65534)", source[:20], "--trust reads them")
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["cache_dir"] = str(tmp_path / "theirs")
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert_one_line(tfdist(*arguments), 2, f"data.cache_dir='{tmp_path}/theirs'")
+    assert not (tmp_path / "theirs").exists() and not (tmp_path / "m.keras").exists()
+    trusts, env = {"eval": (["--trust"], {}), "generate": ([], {"SUDO_UID": "65534"})}.get(command, (["--trust"], {}))
+    done = tfdist(*arguments, *trusts, env=env)  # who became root with sudo has workdirs of one's own
+    assert done.returncode == 0 and (tmp_path / "theirs").exists() == (command == "eval"), done.stderr
+
+
 @pytest.mark.slow
 def test_start_from_the_weights_of_another_run(finished, source, tmp_path):
     other = [f"--config.train.init_from={finished[0]}", "--config.train.num_steps=1", "--config.train.seed=5"]

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -14,10 +15,12 @@ import time
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from processes import tfdist
+from processes import run, tfdist
 
+from tfdist import files
 from tfdist.config import DataConfig
-from tfdist.data import build, corpus, documents, pieces, shards, tfds_source, token_files, tokenizer
+from tfdist.data import build, corpus, documents, pieces, shards, tfds_source, token_files, tokenizer, verified
+from tfdist.data.index import data_hash, documents_of
 from tfdist.data.tokenizer import ByteTokenizer
 from tfdist.errors import DataError
 
@@ -200,6 +203,54 @@ def test_bad_records_are_skipped_within_a_budget(tmp_path):
         opened(source, cache, on_bad_record="skip", max_bad_records=1)
     with pytest.raises(DataError, match="bad record in .*data.on_bad_record=skip"):
         opened(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_a_line_above_the_limit_is_a_bad_record_and_those_around_it_are_read(tmp_path, small_pieces, suffix):
+    """One byte decides; pieces are cut in the middle of the long line."""
+    limit = 1 << 20
+
+    def line(name, size):
+        return json.dumps({"text": f"{name} "}).encode()[:-2] + b"x" * (size - len(json.dumps({"text": f"{name} "}))) + b'"}'
+
+    lines = [line("first", 40), line("limit", limit), line("long", limit + 1), line("longer", 5 * limit), line("last", 40)]
+    lines += [line(f"more{i}", 60) for i in range(200)]
+    content = b"\n".join(lines)
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(gzip.compress(content, 1) if suffix.endswith("gz") else content)
+    found = corpus.plan(f"jsonl:{path}", "text", 0.1, "skip", 1)
+    records = list(found.documents())
+    bad = [record.what for record in records if isinstance(record, documents.BadRecord)]
+    places = [content.index(b'{"text": "long '), content.index(b'{"text": "longer')]
+    assert bad == [
+        f"{path} at byte {place}: expected a line of at most 1 MB (data.max_record_mb), found a longer one"
+        for place in places
+    ]
+    texts = b"".join(record.text for record in records if isinstance(record, documents.Part))
+    assert texts == b"".join(json.loads(one)["text"].encode() for one in (*lines[:2], *lines[4:]))
+    with pytest.raises(DataError, match="at byte .*: expected a line of at most 1 MB .*on_bad_record=skip"):
+        list(corpus.plan(f"jsonl:{path}", "text", 0.1, "refuse", 1).documents())
+
+
+READ_LONG = """
+import resource, sys
+from tfdist.data import corpus
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = list(corpus.plan(sys.argv[1], "text", 0.1, "skip").documents())
+print(len(found), type(found[0]).__name__, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def test_a_line_of_200_mb_takes_no_such_memory(tmp_path):
+    with open(tmp_path / "x.jsonl", "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n{"text": "good"}\n')
+    done = run(["-c", READ_LONG, f"jsonl:{tmp_path}/x.jsonl"], limit_s=60)
+    number, first, megabytes = done.stdout.split()
+    assert (number, first) == ("2", "BadRecord"), done.stderr
+    assert int(megabytes) < 200
 
 
 # ---- token files ----
@@ -537,14 +588,64 @@ def wrong_dtype(shard):
     np.save(shard, np.load(shard).astype(np.int32))
 
 
-@damaged("expected token ids below its vocabulary of 100, found")
+@damaged("expected token ids below its vocabulary of 258, found")
 def beyond_the_vocabulary(shard):
-    edit_index(shard, vocab_size=100)
+    tokens = np.load(shard)
+    tokens[5] = 300
+    np.save(shard, tokens)
+    renew(shard, "sha256", shard)
 
 
-@damaged("is damaged .KeyError")
+@damaged("is damaged .dtype: expected uint16, found None")
 def index_without_a_key(shard):
     edit_index(shard, dtype=None)
+
+
+@damaged("is damaged .dtype: expected uint16, found 'int32'")
+def signed_tokens(shard):
+    edit_index(shard, dtype="int32")
+
+
+@damaged("has been edited .it does not match its own SHA-256")
+def edited_index(shard):
+    path = shard.with_name("dataset.json")
+    text = path.read_text()
+    path.write_text(text.replace('"source": "', '"source": "x', 1))
+    assert path.read_text() != text
+
+
+@damaged("expected documents that begin one after the other within .* tokens .*train")
+def documents_that_do_not_rise(shard):
+    change_documents(shard, lambda starts: starts[[1, 0]])
+
+
+@damaged("expected documents that begin one after the other within .* found other places")
+def documents_beyond_the_shard(shard):
+    change_documents(shard, lambda starts: starts + 10**6)
+
+
+@damaged("found another header; build the dataset again")
+def another_header(shard):
+    content = bytearray(shard.read_bytes())
+    content[20] ^= 1
+    shard.write_bytes(content)
+
+
+@damaged("cannot read shard .*: expected a regular file")
+def a_link(shard):
+    shard.rename(shard.with_name("beside"))
+    shard.symlink_to("beside")
+
+
+@damaged("dataset.json: expected a regular file")
+def a_pipe(shard):
+    shard.with_name("dataset.json").unlink()
+    os.mkfifo(shard.with_name("dataset.json"))
+
+
+@damaged("dataset.json is damaged .nested too deep")
+def deep_json(shard):
+    shard.with_name("dataset.json").write_text("[" * 100_000)
 
 
 @damaged("expected the tokenizer .* has changed")
@@ -552,7 +653,7 @@ def other_tokenizer(shard):
     edit_index(shard, tokenizer_hash="0" * 16)
 
 
-@damaged("has been edited")
+@damaged("is damaged .tokens: expected .*, its shards', found 5")
 def edited_totals(shard):
     index = json.loads(shard.with_name("dataset.json").read_text())
     index["splits"]["train"]["tokens"] = 5
@@ -572,7 +673,25 @@ def other_format(shard):
 def edit_index(shard, **values):
     path = shard.with_name("dataset.json")
     index = {k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not None}
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(files.sealed(index)))
+
+
+def renew(shard, key, path):
+    """The checksums of a file that was written again."""
+    index = json.loads(shard.with_name("dataset.json").read_text())
+    for split in index["splits"].values():
+        for entry in split["shards"]:
+            if entry["file"] == shard.name:
+                entry[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_index(shard, splits=index["splits"], data_hash=data_hash(index["splits"], index["tokenizer_hash"]))
+
+
+def change_documents(shard, change):
+    path = shard.with_name(documents_of(shard.name))
+    found = np.load(path)
+    found[:2, 0] = change(found[:2, 0])
+    np.save(path, found)
+    renew(shard, "documents_sha256", path)
 
 
 @pytest.mark.parametrize("expected", DAMAGE, ids=lambda text: DAMAGE[text].__name__)
@@ -590,8 +709,8 @@ def test_damage_is_found_and_said_in_one_line(dataset, tmp_path, expected):
 def test_checksums_are_computed_once(dataset, tmp_path, monkeypatch):
     copy, computed = tmp_path / "copy", []
     shutil.copytree(dataset.path, copy, ignore=shutil.ignore_patterns(".verified*"))
-    whole = shards._checksum
-    monkeypatch.setattr(shards, "_checksum", lambda path, vocab: computed.append(path.name) or whole(path, vocab))
+    whole = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: computed.append(path.name) or whole(path))
     shards.read(copy)
     assert len(computed) == 4  # two splits, tokens and documents
     shards.read(copy)
@@ -599,6 +718,41 @@ def test_checksums_are_computed_once(dataset, tmp_path, monkeypatch):
     os.utime(next(copy.glob("validation-*.npy")))
     shards.read(copy)
     assert len(computed) == 5
+    monkeypatch.setattr(verified, "_machine", lambda: "another")
+    for _ in range(2):
+        shards.read(copy)
+        assert len(computed) == 9
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "sha256", lambda path: pytest.fail("this machine has not forgotten"))
+    shards.read(copy)
+
+
+@pytest.mark.parametrize("memo", ["[]", "{", "[" * 100_000, '{"x": []}', "null", None])
+def test_what_was_verified_is_read_again_where_the_note_is_none(dataset, tmp_path, memo):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset.path, copy)
+    (copy / ".verified.json").unlink(missing_ok=True)
+    (copy / ".verified.json").write_text(memo) if memo is not None else os.mkfifo(copy / ".verified.json")
+    edited(next(path for path in copy.glob("train-*.npy") if "documents" not in path.name))
+    with pytest.raises(DataError, match="the file has changed"):
+        shards.read(copy)
+
+
+@pytest.mark.parametrize("how", ["in place", "by a copy"])
+def test_a_note_of_what_was_verified_does_not_hold_for_other_content_of_the_same_size_and_time(dataset, tmp_path, how):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset.path, copy)
+    shards.read(copy)
+    shard = next(path for path in copy.glob("train-*.npy") if "documents" not in path.name)
+    before = shard.stat()
+    time.sleep(0.02)  # the system's clock of files is coarse
+    edited(shard)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if how == "by a copy":
+        subprocess.run(["cp", "-a", copy, tmp_path / "other"], check=True)
+        copy = tmp_path / "other"
+    with pytest.raises(DataError, match="the file has changed"):
+        shards.read(copy)
 
 
 def test_a_tokenizer_that_does_not_match_the_shards(dataset, tmp_path):

@@ -32,7 +32,7 @@ def test_an_interactive_session_goes_on(monkeypatch):
 
 def test_a_failure_has_no_control_characters():
     for kind in (errors.UserError, errors.PeerLost, errors.NotFiniteError):
-        assert str(kind("a\x1b[2J\x07\u202eb\r\x9b\udc9bc\td\ne")) == "a?[2J??b???c\td\ne"
+        assert str(kind("a\x1b[2J\x07\u202eb\r\x9b\udc9bc\td\ne")) == r"a\x1b[2J\x07\u202eb\r\x9b\udc9bc" "\td\ne"
 
 
 def test_names_and_texts_of_files_reach_no_terminal_as_they_are(tmp_path):
@@ -46,5 +46,5 @@ def test_names_and_texts_of_files_reach_no_terminal_as_they_are(tmp_path):
     good.write_text("\n".join(json.dumps({"text": f"{hostile} document {i}"}) for i in range(30)))
     assert tfdist("data", "build", f"--source=jsonl:{good}", f"--out={tmp_path}/out").returncode == 0
     shown = tfdist("data", "inspect", f"{tmp_path}/out", "--samples=20")
-    assert shown.returncode == 0 and "?]0;renamed??[2J document" in shown.stdout
+    assert shown.returncode == 0 and r"\x1b]0;renamed\x07\x1b[2J document" in shown.stdout
     assert all(line.isprintable() for line in shown.stdout.split("\n")), shown.stdout

@@ -17,8 +17,10 @@ import tensorflow as tf
 from processes import LIMIT_S, finish, run_forked, start
 
 import tfdist
+from tfdist import files
 from tfdist.checkpoint import store
 from tfdist.errors import CheckpointError, UserError, WorkdirInUse
+from tfdist.fit import saved
 
 slow = pytest.mark.slow
 RNG = np.random.default_rng(0)
@@ -141,6 +143,65 @@ def test_damaged_ones_are_skipped_and_other_models_refused(tmp_path, caplog):
         model.compile("sgd", "mse")
     with pytest.raises(CheckpointError, match="does not fit the model"):
         model.fit(X, Y, verbose=0, callbacks=[tfdist.fit.Checkpoint(tmp_path)])
+
+
+def edit_fit(path, change):
+    """What `fit` keeps in a manifest, with its checksum made anew."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest["fit"])
+    (path / "manifest.json").write_text(json.dumps(files.sealed(manifest)))
+
+
+def counted(fit, kind):
+    return next(found for name, found in fit["callbacks"] if name == kind)
+
+
+def test_a_checkpoint_sets_what_callbacks_count_and_nothing_else(tmp_path):
+    """A path to write to, or a patience: whatever a manifest from elsewhere names."""
+    with pytest.raises(Interrupted):
+        trained("numpy", tmp_path, interrupt_at=7)
+    whole = trained("numpy")
+    strange = {"patience": 0, "min_delta": 100.0, "restore_best_weights": False, "monitor": None}
+    edit_fit(tmp_path / "step-00000006", lambda fit: counted(fit, "EarlyStopping").update(strange))
+    assert_same(trained("numpy", tmp_path), whole)
+
+
+FIT_DAMAGE = {
+    "a path": lambda fit: counted(fit, "EarlyStopping").update(filepath="elsewhere"),
+    "a text for a number": lambda fit: counted(fit, "EarlyStopping").update(wait="1"),
+    "nothing for a number": lambda fit: counted(fit, "EarlyStopping").update(wait=None),
+    "a truth value for a number": lambda fit: counted(fit, "EarlyStopping").update(wait=True),
+    "weights that are not there": lambda fit: counted(fit, "EarlyStopping").update(best_weights={"weights": 99}),
+    "a number for weights": lambda fit: counted(fit, "EarlyStopping").update(best_weights=3),
+    "another step": lambda fit: fit.update(step=5),
+    "a text for a step": lambda fit: fit.update(step="6"),
+    "an epoch before the first": lambda fit: fit.update(epoch=-1),
+    "an epoch far away": lambda fit: fit.update(epoch=10**15),
+    "more batches than an epoch has": lambda fit: fit.update(batch=10**15),
+    "no history": lambda fit: fit.pop("history"),
+    "a number for callbacks": lambda fit: fit.update(callbacks=3),
+    "a list": lambda fit: fit.clear(),
+}
+
+
+AT_THE_BEGINNING = ("nothing for a number", "a truth value for a number", "more batches than an epoch has")
+
+
+def test_what_contradicts_itself_in_a_checkpoint_of_fit_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        trained("numpy", tmp_path / "saved", interrupt_at=7)
+    for i, (name, damage) in enumerate(FIT_DAMAGE.items()):
+        folder = tmp_path / str(i)
+        shutil.copytree(tmp_path / "saved", folder)
+        edit_fit(folder / "step-00000006", damage)
+        if name not in AT_THE_BEGINNING:
+            found = store.latest(folder)
+            begin = lambda found=found: saved.facts_of(found)  # noqa: E731
+        else:
+            begin = lambda folder=folder: trained("numpy", folder, interrupt_at=1)  # noqa: E731
+        with pytest.raises(CheckpointError, match=str(folder)) as error:
+            begin()
+        assert str(error.value).isprintable() and len(str(error.value)) < 480, name
 
 
 def test_what_cannot_be_written_is_said_first_a_warning_on_the_way_and_an_error_at_the_end(tmp_path, caplog, monkeypatch):

@@ -10,6 +10,8 @@ import hashlib
 import json
 from typing import Any
 
+from tfdist.errors import one_line
+
 
 def match(default: Any) -> Any:
     """A field that a resumed run must not change."""
@@ -62,6 +64,7 @@ class DataConfig:
     service: bool = match(False)  # read through the data service of `tfdist launch --data_workers`: no fixed order
     on_bad_record: str = free("refuse")  # refuse | skip
     max_bad_records: int = free(100)  # to skip; more of them end the build
+    max_record_mb: int = free(64)  # a longer line of a jsonl: source is a bad record
     cache_dir: str = free("")  # default: $TFDIST_CACHE, else the user's cache folder
 
 
@@ -173,7 +176,7 @@ _AT_LEAST_ONE = (
     "model.vocab_size", "model.num_layers", "model.num_heads", "model.model_dim", "data.sequence_length",
     "train.num_steps", "train.global_batch_size", "train.accumulate_steps", "train.steps_per_loop",
     "train.max_skipped_steps", "strategy.gradients_per_update", "strategy.min_shard_bytes", "strategy.max_shard_bytes",
-    "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb",
+    "checkpoint.keep_last", "log.every_steps", "data.shuffle_buffer_mb", "data.max_record_mb",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "model.num_kv_heads", "model.mlp_dim", "optimizer.learning_rate", "optimizer.warmup_steps",
@@ -280,16 +283,30 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """The inverse of `to_json`. Unknown keys raise `ValueError`; missing ones take their default."""
-    tree, config = json.loads(text), Config()
-    known = set(flatten(config))
+    try:
+        tree, config = json.loads(text), Config()
+    except RecursionError:
+        raise ValueError("config.json: nested too deep") from None
+    kinds = {f"{s.name}.{f.name}": f.type for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)}
     if not isinstance(tree, dict) or not all(isinstance(fields, dict) for fields in tree.values()):
         raise ValueError("config.json: expected an object of sections")
     for section, fields in tree.items():
         for name, value in fields.items():
-            if f"{section}.{name}" not in known:
-                raise ValueError(f"config.json: unknown key {section}.{name}")
+            kind = kinds.get(f"{section}.{name}")
+            if kind is None:
+                raise ValueError(f"config.json: unknown key {one_line(f'{section}.{name}', 60)}")
+            if not _is_of_kind(value, kind):
+                shown = one_line(repr(value), 60)
+                raise ValueError(f"config.json: {section}.{name}: expected a value of {kind.__name__}, found {shown}")
             setattr(getattr(config, section), name, value)
     return config
+
+
+def _is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a value of JSON fits a field."""
+    if type(value) is int and kind in (int, float):
+        return abs(value) < 1 << 63
+    return type(value) is kind
 
 
 def cluster_facts(config: Config) -> dict[str, Any]:

@@ -8,6 +8,28 @@ DONE, INTERNAL, USAGE, DATA, CHECKPOINT, NOT_FINITE, IN_USE, CHECK_FAILED = rang
 PEER_LOST, WATCHDOG, STOPPED = 140, 142, 143
 
 
+_MOST_CHARACTERS = 480  # of a line, which has a word in front
+
+
+def one_line(text: object, at_most: int = _MOST_CHARACTERS) -> str:
+    """What files and strangers say, as a part of a message: printable, in one line, without the middle of a long one."""
+    line = " ".join(_short(str(text), 2 * at_most).split())
+    return _short(printable(line), at_most)
+
+
+def printable(text: str) -> str:
+    """The text for a terminal, with every control character but line ends and tabs spelt out: what comes from data, files and
+    other processes must not move a cursor, or rename a window."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def _short(text: str, at_most: int) -> str:
+    if len(text) <= at_most:
+        return text
+    end = at_most // 3
+    return f"{text[: at_most - end - 5]} ... {text[-end:]}"
+
+
 class Failure(Exception):
     """Anything that ends a run for a reason that a user can act on."""
 
@@ -16,12 +38,6 @@ class Failure(Exception):
     def __str__(self) -> str:
         """Names in it may come from a file or a peer, and the text goes to a terminal."""
         return printable(super().__str__())
-
-
-def printable(text: str, besides: str = "\n\t") -> str:
-    """The text for a terminal, with `?` for every control character but those `besides`: what comes from data, files and
-    other processes must not move a cursor, or rename a window."""
-    return "".join(c if c.isprintable() or c in besides else "?" for c in text)
 
 
 class UserError(Failure, ValueError):

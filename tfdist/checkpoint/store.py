@@ -5,25 +5,26 @@ byte_offset), so that a later sharded save needs no new format; today each has o
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 from absl import logging
 
 from tfdist import files
+from tfdist.checkpoint import manifest as manifests
 from tfdist.cluster.link import supervisor
-from tfdist.errors import CheckpointError
+from tfdist.errors import CheckpointError, one_line
 
-FORMAT = 1
-_MANIFEST = "manifest.json"
 _VALUES = "values-00000.bin"
 
 # Of files that this process has read or written, by device, inode, size and times: each is hashed once.
@@ -42,7 +43,7 @@ class Checkpoint:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every value by its key; call after `verify`."""
-        data = {name: np.memmap(self.path / name, np.uint8, "r") for name in self.manifest["files"]}
+        data = {name: _mapped(self.path, name) for name in self.manifest["files"]}
         return {key: _assemble(entry, data) for key, entry in self.manifest["arrays"].items()}
 
 
@@ -51,6 +52,9 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
 
     Raises `CheckpointError` when the disk does not take it; what was there before is untouched then.
     """
+    strange = [f"{key} of {array.dtype}" for key, array in arrays.items() if array.dtype.name not in manifests.DTYPES]
+    if strange:
+        raise CheckpointError(f"checkpoint: expected numbers, found {one_line(strange[0])}")
     final = folder / folder_name(step)
     if final.exists() and is_good(final):  # a stop right after a restore: this step is safe already
         return final
@@ -58,24 +62,26 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=folder))
+        temporary = folder / f"{final.name}.tmp-{secrets.token_hex(8)}"
+        temporary.mkdir()
         entries, checksum, size = _write_values(temporary / _VALUES, arrays)
         manifest = {
-            "format": FORMAT,
+            "format": manifests.FORMAT,
             "step": step,
             **facts,
             "arrays": entries,
             "files": {_VALUES: {"size": size, "sha256": checksum}},
         }
-        manifest["sha256"] = _manifest_checksum(manifest)
-        files.write(temporary / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        content = json.dumps(files.sealed(manifest), indent=1).encode()
+        if len(content) > files.MOST_JSON_BYTES:
+            raise OSError(errno.EFBIG, f"a manifest of {len(content)} bytes would not be read again")
+        files.write(temporary / manifests.NAME, content)
         files.sync_folder(temporary)
-        temporary.chmod(0o755)  # mkdtemp's are for the owner alone
         if final.exists():  # damaged
             shutil.rmtree(final)
         os.rename(temporary, final)
         files.sync_folder(folder)
-        _checksums[_stamp(final / _VALUES)] = checksum
+        _checksums[_stamp((final / _VALUES).stat())] = checksum
         return final
     except OSError as error:
         if temporary is not None:
@@ -107,7 +113,7 @@ def latest(folder: Path) -> Checkpoint | None:
         except Unreadable:
             raise
         except CheckpointError as error:
-            logging.warning("skipping a damaged checkpoint: %s", error)
+            logging.warning("skipping a damaged checkpoint: %s", one_line(error))
     if found:
         raise CheckpointError(
             f"checkpoint: expected a usable checkpoint in {folder}, found {len(found)} damaged ones; "
@@ -119,43 +125,50 @@ def latest(folder: Path) -> Checkpoint | None:
 def steps(folder: Path) -> list[int]:
     """Steps with a finished directory, in no order, good or not. Raises `CheckpointError` when that cannot be known."""
     try:
-        names = [name for name in os.listdir(folder) if name.startswith("step-")]
+        names = [name for name in os.listdir(folder) if re.fullmatch("step-[0-9]{8,18}", name)]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"checkpoint: cannot read {folder}: {error.strerror}") from error
-    return [int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit()]
+    found = [int(name.removeprefix("step-")) for name in names]
+    return [step for step, name in zip(found, names, strict=True) if folder_name(step) == name]
 
 
 def verify(path: Path) -> Checkpoint:
     """Reads the manifest and checks every file's size and SHA-256. Raises `CheckpointError` with file and reason."""
+    file = path / manifests.NAME
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        step, checksum = manifest["step"], manifest["sha256"]
-        expected_files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        manifest = manifests.read(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path / _MANIFEST}: missing") from None
+        raise CheckpointError(f"{file}: missing") from None
     except PermissionError as error:
-        raise _unreadable(path / _MANIFEST, error) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / _MANIFEST}: not a manifest ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path / _MANIFEST}: expected format {FORMAT}, found {manifest.get('format')!r}")
-    if checksum != _manifest_checksum(manifest) or path.name != folder_name(step):
-        raise CheckpointError(f"{path / _MANIFEST}: does not match its own SHA-256 or its folder")
-    for name, (expected_size, expected_checksum) in expected_files.items():
+        raise _unreadable(file, error) from error
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {one_line(error, 200)}") from error
+    if path.name != folder_name(manifest["step"]):
+        raise CheckpointError(f"{file}: of step {manifest['step']}, in another folder")
+    for name, facts in manifest["files"].items():
         try:
-            size = (path / name).stat().st_size
-            if size != expected_size:
-                raise CheckpointError(f"{path / name}: expected {expected_size} bytes, found {size}")
-            checksum = _checksum(path / name)
+            _check_file(path, name, facts)
         except PermissionError as error:
             raise _unreadable(path / name, error) from error
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
-        if checksum != expected_checksum:
-            raise CheckpointError(f"{path / name}: SHA-256 does not match the manifest")
-    return Checkpoint(path, step, manifest)
+    return Checkpoint(path, manifest["step"], manifest)
+
+
+def _check_file(path: Path, name: str, facts: Mapping[str, Any]) -> None:
+    with files.open_inside(path, name) as file:
+        status = os.fstat(file.fileno())
+    if status.st_size != facts["size"]:
+        raise CheckpointError(f"{path / name}: expected {facts['size']} bytes, found {status.st_size}")
+    stamp = _stamp(status)
+    if stamp not in _checksums:
+        _checksums[stamp] = files.sha256(path / name)
+    if _checksums[stamp] != facts["sha256"]:
+        raise CheckpointError(f"{path / name}: SHA-256 does not match the manifest")
 
 
 def _unreadable(path: Path, error: OSError) -> Unreadable:
@@ -171,15 +184,7 @@ def is_good(path: Path) -> bool:
     return True
 
 
-def _checksum(path: Path) -> str:
-    stamp = _stamp(path)
-    if stamp not in _checksums:
-        _checksums[stamp] = files.sha256(path)
-    return _checksums[stamp]
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -191,12 +196,6 @@ def remove_leftovers(folder: Path) -> None:
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Of everything else in the manifest."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_values(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], str, int]:
@@ -220,8 +219,15 @@ def _write_values(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[dict[st
     return entries, digest.hexdigest(), position
 
 
+def _mapped(path: Path, name: str) -> np.ndarray:
+    """The bytes of a file."""
+    with files.open_inside(path, name) as file:
+        empty = not os.fstat(file.fileno()).st_size  # which cannot be mapped
+        return np.zeros(0, np.uint8) if empty else np.memmap(file, np.uint8, "r")
+
+
 def _assemble(entry: dict[str, Any], data: Mapping[str, np.ndarray]) -> np.ndarray:
-    dtype = np.dtype(entry["dtype"])
+    dtype = manifests.DTYPES[entry["dtype"]]
     whole = np.empty(entry["shape"], dtype)
     for piece in entry["slices"]:
         count = int(np.prod(piece["shape"], dtype=np.int64)) * dtype.itemsize

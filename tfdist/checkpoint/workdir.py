@@ -4,13 +4,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import IO
 
 from absl import logging
 
 from tfdist import files
-from tfdist.errors import UserError, WorkdirInUse
+from tfdist.errors import UserError, WorkdirInUse, one_line
 
 _LAUNCH = ".launch"  # which launch began this run anew
 
@@ -20,7 +21,7 @@ def _digest(token: str) -> str:
 
 
 # A process holds a workdir as long as it lives, whatever becomes of the objects that asked for it.
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, IO[bytes]] = {}
 
 
 class Workdir:
@@ -46,9 +47,9 @@ class Workdir:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115  kept open on purpose
+            file = files.open_inside(self.path, ".lock", "a+b")  # kept open on purpose
         except OSError as error:
-            raise UserError(f"workdir: cannot write to {self.path}: {error.strerror}") from error
+            raise UserError(f"workdir: cannot write to {error.filename or self.path}: {error.strerror}") from error
         self._flock(file)
         with contextlib.suppress(OSError):  # a full disk: others are kept out, but not told by whom
             os.ftruncate(file.fileno(), 0)
@@ -58,17 +59,17 @@ class Workdir:
     def check_free(self) -> None:
         """Raises `WorkdirInUse` like `lock`, without taking it."""
         try:
-            with open(self.path / ".lock", "r+") as file:
+            with files.open_inside(self.path, ".lock", "r+b") as file:
                 self._flock(file)
         except OSError:  # not there, or not ours: `lock` will say
             return
 
-    def _flock(self, file: IO[str]) -> None:
+    def _flock(self, file: IO[bytes]) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = one_line(file.read(32).decode(errors="replace")) or "unknown"
             file.close()
             raise WorkdirInUse(
                 f"{self.path} is in use by another run (process {holder}); stop it, or use another folder"
@@ -76,8 +77,10 @@ class Workdir:
 
     def is_of_launch(self, token: str) -> bool:
         """Whether `belongs_to_launch` was called with this token; never for an empty one."""
-        path = self.path / _LAUNCH
-        return bool(token) and path.exists() and path.read_text() == _digest(token)
+        try:
+            return bool(token) and files.read_inside(self.path, _LAUNCH, 64) == _digest(token).encode()
+        except OSError:
+            return False
 
     def belongs_to_launch(self, token: str) -> None:
         if token:
@@ -94,7 +97,7 @@ class Workdir:
         present = [p for p in present if p in only or not only]
         if not present:
             return None
-        numbers = [int(p.name.removeprefix("old-")) for p in self.path.glob("old-*") if p.name[4:].isdigit()]
+        numbers = [int(p.name[4:]) for p in self.path.glob("old-*") if re.fullmatch("[0-9]{1,9}", p.name[4:])]
         aside = self.path / f"old-{max(numbers, default=0) + 1}"
         aside.mkdir()
         for path in present:

@@ -1,6 +1,5 @@
 """`tfdist data build` and `inspect`. No TensorFlow, but for a tfds: source."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from tfdist import errors
 from tfdist.cli.usage import OneLine, fail, near
 from tfdist.config import DataConfig
 from tfdist.data import build, corpus, inspect, shards
+from tfdist.data.index import read as read_index
 
 COMMANDS = ("build", "inspect", "audit")
 
@@ -60,6 +60,10 @@ def _define(command: str) -> flags.FlagValues:
         flags.DEFINE_integer("processes", 0, "0: one for each core", lower_bound=0, flag_values=given)
         flags.DEFINE_enum("on_bad_record", "refuse", ["refuse", "skip"], "records that are none", flag_values=given)
         flags.DEFINE_integer("max_bad_records", defaults.max_bad_records, "to skip", lower_bound=0, flag_values=given)
+        flags.DEFINE_integer(
+            "max_record_mb", defaults.max_record_mb, "a longer line of jsonl: is a bad record", lower_bound=1,
+            flag_values=given,
+        )  # fmt: skip
     else:
         flags.DEFINE_integer("samples", 2, "documents of each split to show", lower_bound=0, flag_values=given)
         flags.DEFINE_string("plot", "", "a PNG file for the histogram of lengths", flag_values=given)
@@ -77,9 +81,9 @@ def _build(given: flags.FlagValues, positional: list[str]) -> None:
     out = Path(given.out).absolute()
     if not out.name:
         fail(f"--out: expected a new folder, found {given.out}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         fail(f"--out: expected a new folder, found {out}; to use it: --config.data.source=shards:{out}")
-    plan = corpus.plan(given.source, given.text_key, given.validation_fraction, given.on_bad_record)
+    plan = corpus.plan(given.source, given.text_key, given.validation_fraction, given.on_bad_record, given.max_record_mb)
     processes = given.processes or os.cpu_count() or 1
     with progress.Progress(
         progress.TextColumn("{task.description}"), progress.BarColumn(), progress.TaskProgressColumn(),
@@ -100,7 +104,7 @@ def _one_thread() -> None:
 
 
 def _print_built(dataset: shards.TokenDataset) -> None:
-    index = json.loads((dataset.path / build.INDEX).read_text())
+    index = read_index(dataset.path)
     for name, split in dataset.splits.items():
         print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, {len(split.shards)} shards")
     not_utf8 = sum(split["not_utf8"] for split in index["splits"].values())

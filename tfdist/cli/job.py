@@ -1,5 +1,6 @@
 """From a config to the pieces of a run."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from tfdist.checkpoint import keys, store
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import launch_token
-from tfdist.config import Config, batch_sizes, config_hash, differing_fields, from_json, to_json
+from tfdist.config import Config, batch_sizes, config_hash, differing_fields, from_json, to_json, validate
 from tfdist.data import shards, tokenizer
 from tfdist.data.input import eval_dataset_fn, train_dataset_fn
-from tfdist.errors import CheckpointError, DataError, UserError
+from tfdist.errors import CheckpointError, DataError, UserError, one_line
 from tfdist.metrics import meters
 from tfdist.metrics.writers import TensorBoard, Terminal
+from tfdist.models import count
 from tfdist.models.transformer import TransformerLM, next_token_loss, training_loss
 from tfdist.optim.adamw import adamw
 from tfdist.strategies.base import DatasetFn, Strategy
@@ -139,8 +141,8 @@ def take_workdir(path: str, config: Config, fresh: bool) -> Workdir:
     beginning.check_nothing_lost(workdir)  # before a new config hides which run it was
     if store.steps(workdir.checkpoints) and workdir.config.exists():
         try:
-            old = from_json(workdir.config.read_text())
-        except ValueError as error:
+            old = validate(from_json(files.read_inside(workdir.path, workdir.config.name).decode()))
+        except (OSError, ValueError) as error:
             raise UserError(f"workdir: {workdir.config} is damaged ({error}); --fresh starts anew") from error
         differing = differing_fields(old, config)
         if differing:
@@ -171,8 +173,23 @@ def sizes_up_to(step: int, config: Config) -> list[tuple[int, int]]:
 
 def restored_model(config: Config, strategy: Strategy, workdir: Workdir) -> tuple[TransformerLM, int]:
     """The model of the newest good checkpoint, and its step."""
+    found = _latest(workdir)
+    shapes = [entry["shape"] for key, entry in found.manifest["arrays"].items() if key.startswith(MODEL)]
+    there = sum(math.prod(shape) for shape in shapes)
+    asked = count.num_parameters(config.model, config.data.sequence_length)
+    if there != asked:  # before memory is taken for what a config asks for
+        raise CheckpointError(
+            f"checkpoint: expected the {asked} parameters of {workdir.config} in {found.path}, found {there}"
+        )
     model = build_model(config, strategy, text_tokenizer(config, workdir).document_start)
-    return model, load_weights(model, str(workdir.path))
+    return model, load_checkpoint(model, found)
+
+
+def _latest(workdir: Workdir) -> store.Checkpoint:
+    found = store.latest(workdir.checkpoints)
+    if found is None:
+        raise CheckpointError(f"checkpoint: expected a checkpoint in {workdir.checkpoints}, found none")
+    return found
 
 
 def keep_tokenizer(dataset: shards.TokenDataset, workdir: Workdir) -> None:
@@ -185,7 +202,13 @@ def keep_tokenizer(dataset: shards.TokenDataset, workdir: Workdir) -> None:
 
 def text_tokenizer(config: Config, workdir: Workdir) -> tokenizer.Tokenizer:
     """The one that a run was trained with."""
-    return tokenizer.restore(config.data.tokenizer, workdir.path)
+    made = tokenizer.restore(config.data.tokenizer, workdir.path)
+    if made.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"model.vocab_size: expected at least the {made.vocab_size} of the tokenizer in {workdir.path}, found "
+            f"{config.model.vocab_size}"
+        )
+    return made
 
 
 def load_weights(model: TransformerLM, origin: str) -> int:
@@ -194,27 +217,24 @@ def load_weights(model: TransformerLM, origin: str) -> int:
         values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
         load(values, _keras_file_arrays(origin), origin, exact=False)
         return 0
-    found = store.latest(Workdir(origin).checkpoints)
-    if found is None:
-        raise CheckpointError(f"checkpoint: expected a checkpoint in {Workdir(origin).checkpoints}, found none")
-    return load_checkpoint(model, found)
+    return load_checkpoint(model, _latest(Workdir(origin)))
 
 
 def load_checkpoint(model: TransformerLM, found: store.Checkpoint, data_hash: str = "") -> int:
     """A checkpoint's weights; its step. With `data_hash` it must be of a run on that data."""
     if data_hash and found.manifest.get("data_hash") != data_hash:
+        there = one_line(repr(found.manifest.get("data_hash")), 60)
         raise UserError(
-            f"data: expected {found.manifest.get('data_hash')!r} (of {found.path}), found {data_hash!r}; give every "
-            "task the same files (data.source)"
+            f"data: expected {there} (of {found.path}), found {data_hash!r}; give every task the same files (data.source)"
         )
     values = {MODEL + key: variable for key, variable in keys.model_keys(model).items()}
-    load(values, averaged(found.arrays()), str(found.path), exact=False)
+    load(values, averaged(found.arrays(), str(found.path)), str(found.path), exact=False)
     return found.step
 
 
 def _keras_file_arrays(path: str) -> dict:
     try:
         source = keras.saving.load_model(path, compile=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"train.init_from: cannot read {path}: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # of a file from elsewhere: whatever Keras raises
+        raise CheckpointError(f"train.init_from: cannot read {path}: {one_line(error, 200)}") from error
     return {MODEL + key: variable.numpy() for key, variable in keys.model_keys(source).items()}

@@ -1,6 +1,7 @@
 """Dispatch: `tfdist COMMAND --flags`. TensorFlow is imported by the commands only: help and usage errors are instant."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tfdist import config, configs, errors
+from tfdist import config, configs, errors, files
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli import processes
 from tfdist.cli.chatter import without_startup_chatter
@@ -35,6 +36,7 @@ USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same ans
 A config is a Python file with get_config(), or the name of one that comes with tfdist (`tfdist train --help`). Any value of
 it can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a command's flags."""
 
+_MOST_CONFIG_BYTES = 1 << 20
 _RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
 _CONFIG_HELP = f"a Python file with get_config(), or a name ({', '.join(configs.names())})"
 _CONFIG_COMMANDS = ("train", "verify", "audit")  # of a config file
@@ -65,8 +67,8 @@ def main() -> None:
     if command in (*_RUN_COMMANDS, "audit"):
         rest = _with_config_files(rest) if command in _CONFIG_COMMANDS else rest
         argv = [f"tfdist {command}", *rest]
-        _define_flags(command, argv)
-        app.run(lambda _: _run(command, rest), argv=argv, flags_parser=lambda args: _parse(command, args))
+        to_trust = _define_flags(command, argv)
+        app.run(lambda _: _run(command, rest, to_trust), argv=argv, flags_parser=lambda args: _parse(command, args))
     else:
         processes.main(command, rest)
 
@@ -84,7 +86,8 @@ def _with_config_files(arguments: list[str]) -> list[str]:
     return found
 
 
-def _define_flags(command: str, argv: list[str]) -> None:
+def _define_flags(command: str, argv: list[str]) -> str:
+    """Returns what --trust is needed for, if it is."""
     for name in _given_overrides(argv):
         if name not in config.field_names():
             fail(f"unknown config key {name!r}{near(name, config.field_names())}")
@@ -94,24 +97,25 @@ def _define_flags(command: str, argv: list[str]) -> None:
         flags.DEFINE_integer("workers", 1, "how many workers read", lower_bound=1)
         flags.DEFINE_integer("steps", 100, "how many steps to read", lower_bound=1)
         flags.DEFINE_bool("json", False, "one JSON object, with all documents of each worker")
-        return
+        return ""
     if command == "verify":
         flags.DEFINE_list(
             "strategies", list(STRATEGIES), "what to compare with one_device: mirrored:2, multi_worker:2x1, ..."
         )
         flags.DEFINE_integer("steps", NUM_STEPS, "how many steps to compare", lower_bound=1)
         flags.DEFINE_enum("dtype", "float64", DTYPES, "instead of model.dtype; own: as the config says")
-        return
+        return ""
     flags.DEFINE_string("workdir", "" if command == "train" else None, "the folder of the run")
     if command == "train":
         config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, sys_argv=argv)
         flags.DEFINE_bool("fresh", False, "start at step 0; an earlier run in the workdir is kept in workdir/old-N")
-        return
+        return ""
     try:
-        stored = _stored_config(argv)
+        stored, to_trust = _stored_config(argv)
     except errors.Failure as error:
         fail(str(error), error.exit_code)
     config_flags.DEFINE_config_dataclass("config", stored, "the run's config, with overrides", sys_argv=argv)
+    flags.DEFINE_bool("trust", False, "read the data and the cache that a workdir of another user asks for")
     if command == "eval":
         flags.DEFINE_enum("split", "validation", ["validation", "train"], "which split")
     if command == "generate":
@@ -125,23 +129,38 @@ def _define_flags(command: str, argv: list[str]) -> None:
         flags.DEFINE_integer("seed", 0, "the same seed gives the same text")
     if command == "export":
         flags.DEFINE_string("out", "model.keras", "the file to write")
+    return to_trust
 
 
-def _stored_config(argv: list[str]) -> config.Config:
-    """The config of the run that `--workdir` names."""
+def _stored_config(argv: list[str]) -> tuple[config.Config, str]:
+    """The config of the run that `--workdir` names, and what --trust is needed for where it is another user's."""
     given = [argument.split("=", 1)[1] for argument in argv if argument.startswith(("--workdir=", "-workdir="))]
     given += [value for name, value in zip(argv, argv[1:], strict=False) if name in ("--workdir", "-workdir")]
     if not given:
-        return config.Config()  # the missing flag, or --help, is dealt with when flags are parsed
+        return config.Config(), ""  # the missing flag, or --help, is dealt with when flags are parsed
     path = Workdir(given[-1]).config
     try:
-        return config.from_json(path.read_text())
+        with files.open_inside(path.parent, path.name) as file:
+            stored, owner = config.from_json(file.read(_MOST_CONFIG_BYTES).decode()), os.fstat(file.fileno()).st_uid
     except FileNotFoundError:
         raise errors.UserError(
             f"--workdir: expected the folder of a run ({path.name} in it), found none: {given[-1]}"
         ) from None
     except (OSError, ValueError) as error:
-        raise errors.UserError(f"--workdir: cannot read {path}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise errors.UserError(f"--workdir: cannot read {path}: {why}") from error
+    if owner in _own_users():
+        return stored, ""
+    source, cache = (errors.one_line(repr(value), 120) for value in (stored.data.source, stored.data.cache_dir))
+    asks = f"data.source={source} and {f'data.cache_dir={cache}' if stored.data.cache_dir else 'the usual cache'}"
+    name = errors.one_line(path, 120)
+    return stored, f"--workdir: {name} belongs to another user (number {owner}) and asks for {asks}; --trust reads them"
+
+
+def _own_users() -> set[int]:
+    """This one, and who became root with sudo."""
+    sudo = os.environ.get("SUDO_UID", "") if os.geteuid() == 0 else ""
+    return {os.geteuid(), *({int(sudo)} if re.fullmatch("[0-9]{1,10}", sudo) else ())}
 
 
 def _parse(command: str, argv: list[str]) -> list[str]:
@@ -182,11 +201,13 @@ def _help(command: str) -> str:
     return "\n".join([USAGE.splitlines()[0], "", f"flags of tfdist {command}:", *own, "", "config keys, defaults:", *keys])
 
 
-def _run(command: str, arguments: list[str]) -> None:
+def _run(command: str, arguments: list[str], to_trust: str) -> None:
     """Runs the command; every failure that a user can act on is one line and its exit code."""
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         fail(f"KERAS_BACKEND: expected tensorflow, found {backend!r}; unset it")
+    if to_trust and not flags.FLAGS.trust:
+        fail(to_trust)
     logging.get_absl_handler().setFormatter(OneLine())
     # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))

@@ -27,5 +27,5 @@ class OneLine(logging.PythonFormatter):
 
 
 def fail(message: str, code: int = errors.USAGE) -> None:
-    print(f"tfdist: {errors.printable(message)}", file=sys.stderr)
+    print(f"tfdist: {errors.one_line(message)}", file=sys.stderr)
     sys.exit(code)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tfdist.cluster.spec import JOBS, Cluster, Task
-from tfdist.errors import printable
+from tfdist.errors import one_line
 
 
 def versions() -> dict[str, str]:
@@ -80,8 +80,3 @@ class Hello:
                 shown = name if name in self.facts else f"{name!r:.80}"
                 return f"{shown} differs: {mine!r:.80} at {self.task}, {theirs!r:.80} at {other.task}"
         return ""
-
-
-def one_line(text: Any, length: int) -> str:
-    """What came over the network, for a line on a terminal."""
-    return printable(str(text)[:length], besides="")

@@ -16,10 +16,10 @@ from typing import Any
 from absl import logging
 
 from tfdist.cluster import ports
-from tfdist.cluster.hello import Hello, one_line, versions
+from tfdist.cluster.hello import Hello, versions
 from tfdist.cluster.spec import Cluster, Task, split_address
 from tfdist.cluster.wire import MAX_LINE_BYTES, Connection, connect
-from tfdist.errors import STOPPED, Failure, PeerLost, UserError
+from tfdist.errors import STOPPED, Failure, PeerLost, UserError, one_line
 
 _HELLO_S = 5.0  # a connection that does not introduce itself is closed
 _CONNECT_S = 3.0

@@ -2,14 +2,12 @@
 number of processes, and a build that was killed goes on with the pieces that are missing.
 
 Everything is written to `OUT.building`, under temporary names, and renamed when it is whole; at the end that folder becomes
-OUT.
+OUT. A file in it says that it is a build's, and is its lock: what else lies beside OUT, whatever its name, is left alone.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,17 +22,15 @@ import numpy as np
 
 from tfdist import files
 from tfdist.cluster.link import supervisor
-from tfdist.data import corpus, tokenizer
+from tfdist.data import build_folder, corpus, index, tokenizer
 from tfdist.data.documents import BadRecord, Part
+from tfdist.data.index import FORMAT, INDEX, TOTALS, data_hash
 from tfdist.data.pieces import TRAIN, VALIDATION
 from tfdist.data.shard_writer import ShardWriter
 from tfdist.errors import DataError
 
-FORMAT = 2
-INDEX = "dataset.json"
 SHARD_TOKENS = 1 << 30  # at most: 2 GiB of uint16
 _TRAINING_BYTES_PER_TOKEN = 1 << 12  # of a BPE vocabulary: so much text trains it, in parts from all over the corpus
-_PLAN = "plan.json"
 
 Progress = Callable[[int], None]  # told how many more bytes of the source are done
 
@@ -57,59 +53,23 @@ def build(
 
     Raises `DataError`; what has been built is kept, and the same call goes on with it.
     """
-    folder, lock = out.with_name(out.name + ".building"), out.with_name(out.name + ".lock")
+    folder = out.with_name(out.name + ".building")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(lock):
-            if not (out / INDEX).exists():  # else another process was first
-                folder.mkdir(exist_ok=True)
-                _start(folder, plan, spec)
-                if not (folder / INDEX).exists():
-                    job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
-                    _build_pieces(job, processes, max_bad_records, progress, in_process)
-                    _write_index(job, source, spec)
-                _finish(folder, out)
-            lock.unlink(missing_ok=True)  # whoever waits for it, or for one of the same name, finds `out`
+        with build_folder.held(folder, out / INDEX) as is_mine:
+            if not is_mine:
+                return
+            build_folder.start(folder, facts_of(plan, spec))
+            if not (folder / INDEX).exists():
+                job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
+                _build_pieces(job, processes, max_bad_records, progress, in_process)
+                _write_index(job, source, spec)
+            build_folder.finish(folder, out)
     except OSError as error:
         raise DataError(
             f"data: cannot write {error.filename or out}: {error.strerror}; what is finished is kept in {folder}: the same "
             "command goes on there"
         ) from error
-
-
-def _finish(folder: Path, out: Path) -> None:
-    """Gives a whole dataset its name. Its plan goes last: a build that is killed before is still known to be whole."""
-    for path in [*folder.glob("piece-*.json"), *folder.glob("*.tmp")]:
-        path.unlink()
-    files.sync_folder(folder)
-    with contextlib.suppress(OSError):  # a folder without an index: left by hand, and empty
-        out.rmdir()
-    os.rename(folder, out)
-    files.sync_folder(out.parent)
-    (out / _PLAN).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                supervisor().tick()  # another process builds: that is no standstill
-                time.sleep(0.2)
-        yield
-
-
-def _start(folder: Path, plan: corpus.Plan, spec: str) -> None:
-    """Keeps what an earlier call with the same plan and unchanged files has finished."""
-    facts = facts_of(plan, spec)
-    if (folder / _PLAN).exists() and (folder / _PLAN).read_text() == facts:
-        return
-    for path in folder.iterdir():
-        path.unlink()
-    files.write(folder / _PLAN, facts.encode())
 
 
 def facts_of(plan: corpus.Plan, spec: str) -> str:
@@ -160,7 +120,7 @@ def training_texts(plan: corpus.Plan, num_bytes: int) -> Iterator[bytes]:
 def _build_pieces(job: Job, processes: int, max_bad_records: int, progress: Progress, in_process) -> None:
     missing, bad = [], 0
     for i, piece in enumerate(job.plan.pieces):
-        done = _piece_record(job.folder, i)
+        done = build_folder.piece_record(job.folder, i)
         if done.exists():
             progress(piece.size)
             bad += _checked(json.loads(done.read_text())["bad_records"], bad, max_bad_records)
@@ -233,29 +193,24 @@ def build_piece(job: Job, number: int) -> list[str]:
                 writers[part.split].add(part)
                 supervisor().tick()
     record = {"bad_records": bad, "splits": {split: writer.shards for split, writer in writers.items()}}
-    files.write(_piece_record(job.folder, number), json.dumps(record).encode())
+    files.write(build_folder.piece_record(job.folder, number), json.dumps(record).encode())
     return bad
-
-
-def _piece_record(folder: Path, number: int) -> Path:
-    return folder / f"piece-{number:05d}.json"
 
 
 # ---- the end ----
 
 
 def _write_index(job: Job, source: str, spec: str) -> None:
-    records = [json.loads(_piece_record(job.folder, i).read_text()) for i in range(len(job.plan.pieces))]
+    records = [json.loads(build_folder.piece_record(job.folder, i).read_text()) for i in range(len(job.plan.pieces))]
     made = tokenizer.restore(job.tokenizer, job.folder)
     splits = {}
     for split in (TRAIN, VALIDATION):
         shards = [shard for record in records for shard in record["splits"][split]]
-        totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents", "text_bytes", "not_utf8")}
+        totals = {name: sum(shard[name] for shard in shards) for name in TOTALS}
         splits[split] = {**totals, "shards": shards}
     if not splits[TRAIN]["tokens"]:
         raise DataError(f"data.source: expected text, found an empty source: {source}")
-    index = {
-        "format": FORMAT,
+    content = {
         "data_hash": data_hash(splits, tokenizer.fingerprint(made)),
         "source": source,
         "command": _command(job.plan, source, spec),
@@ -267,7 +222,7 @@ def _write_index(job: Job, source: str, spec: str) -> None:
         "bad_records": sum(len(record["bad_records"]) for record in records),
         "splits": splits,
     }
-    files.write(job.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    index.write(job.folder, content)
 
 
 def _command(plan: corpus.Plan, source: str, spec: str) -> str:
@@ -276,14 +231,6 @@ def _command(plan: corpus.Plan, source: str, spec: str) -> str:
         "source": source, "tokenizer": spec, "text_key": plan.text_key, "validation_fraction": str(plan.splitter.fraction),
         "on_bad_record": "skip" if plan.skip_bad_records else "refuse",
     }  # fmt: skip
+    if plan.kind == "jsonl":
+        options["max_record_mb"] = str(plan.max_record_bytes >> 20)
     return " ".join(["tfdist data build", *(f"--{name}={shlex.quote(value)}" for name, value in options.items())])
-
-
-def data_hash(splits: dict, of_tokenizer: str) -> str:
-    """Of the tokens, where documents begin, their keys, and the tokenizer: not of names and places of files."""
-    digest = hashlib.sha256(f"{FORMAT}/{of_tokenizer}".encode())
-    for split, content in splits.items():
-        digest.update(f"/{split}".encode())
-        for shard in content["shards"]:
-            digest.update(f"/{shard['sha256']}/{shard['documents_sha256']}".encode())
-    return digest.hexdigest()[:32]

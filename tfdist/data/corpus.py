@@ -46,6 +46,7 @@ class Plan:
     text_key: str = ""
     skip_bad_records: bool = False
     chunk_bytes: int = 0  # longer documents are read, and encoded, in parts that end at a line
+    max_record_bytes: int = 0  # a longer line of JSON is a bad record
 
     @property
     def size(self) -> int:
@@ -66,7 +67,9 @@ class Plan:
                 yield part
 
 
-def plan(source: str, text_key: str, validation_fraction: float, on_bad_record: str = "refuse") -> Plan:
+def plan(
+    source: str, text_key: str, validation_fraction: float, on_bad_record: str = "refuse", max_record_mb: int = 64
+) -> Plan:  # fmt: skip
     """How a source is read. Raises `DataError` for one that is missing, empty or not text.
 
     `stdlib`: the source code of the running Python's standard library. `files:GLOB[,GLOB...]`: text files, a document each.
@@ -85,7 +88,10 @@ def plan(source: str, text_key: str, validation_fraction: float, on_bad_record: 
         cut = pieces.CUT[kind](rest, text_key)
     except OSError as error:
         raise DataError(f"data.source: cannot read {error.filename}: {error.strerror}") from error
-    found = Plan(kind, cut, Splitter(validation_fraction), text_key, on_bad_record == "skip", documents.CHUNK_BYTES)
+    found = Plan(
+        kind, cut, Splitter(validation_fraction), text_key, on_bad_record == "skip", documents.CHUNK_BYTES,
+        max_record_mb << 20,
+    )  # fmt: skip
     if not cut:
         raise DataError(f"data.source: expected text, found an empty source: {source}")
     if any(piece.split for piece in cut):

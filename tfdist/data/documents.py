@@ -8,18 +8,19 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from tfdist.data import tfds_source, token_files
 from tfdist.data.pieces import TRAIN, VALIDATION, Piece, Span
-from tfdist.errors import DataError
+from tfdist.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from tfdist.data.corpus import Plan
 
 CHUNK_BYTES = 1 << 20  # longer documents come in parts
+_TOO_LONG = "expected a line of at most {} MB (data.max_record_mb), found a longer one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +92,15 @@ def _last_cut(text: bytes) -> int:
 
 def _utf8(text: bytes) -> tuple[bytes, bool]:
     """Valid UTF-8, and whether something had to be replaced."""
+    decoded, replaced = _decoded(text)
+    return (decoded.encode() if replaced else text), replaced
+
+
+def _decoded(text: bytes) -> tuple[str, bool]:
     try:
-        text.decode()
+        return text.decode(), False
     except UnicodeDecodeError:
-        return text.decode(errors="replace").encode(), True
-    return text, False
+        return text.decode(errors="replace"), True
 
 
 def _unpacked_size(path: str) -> int:
@@ -117,29 +122,46 @@ def _read_json_lines(found: "Plan", piece: Piece) -> Iterator[Part | BadRecord]:
         with _opened(span.path) as file:
             place = file.seek(span.start)
             is_gzip = span.path.endswith(".gz")
-            while (is_gzip or place < span.end) and (line := file.readline()):
+            while (is_gzip or place < span.end) and (line := file.readline(found.max_record_bytes + 1)):
                 where, place = place, place + len(line)
-                if line.strip():
+                if len(line) > found.max_record_bytes and not line.endswith(b"\n"):
+                    place += _rest_of_line(file)
+                    yield _bad(found, f"{span.path} at byte {where}", _TOO_LONG.format(found.max_record_bytes >> 20))
+                elif line.strip():
                     yield from _record(found, f"{span.name}@{where}", line, f"{span.path} at byte {where}")
 
 
+def _rest_of_line(file: IO[bytes]) -> int:
+    """Passes over it; its bytes."""
+    passed = 0
+    while part := file.readline(CHUNK_BYTES):
+        passed += len(part)
+        if part.endswith(b"\n"):
+            break
+    return passed
+
+
 def _record(found: "Plan", name: str, line: bytes, where: str) -> Iterator[Part | BadRecord]:
-    whole = line.decode(errors="replace")
+    whole, replaced = _decoded(line)
     try:
         record = json.loads(whole)
         text = record[found.text_key] if isinstance(record, dict) else None
         problem = "" if isinstance(text, str) else f"expected an object with text at {found.text_key!r}"
     except KeyError:
-        problem = f"expected the key {found.text_key!r}, found {', '.join(list(record)[:8])}"
+        problem = f"expected the key {found.text_key!r}, found {one_line(', '.join(list(record)[:8]), 100)}"
     except (ValueError, RecursionError) as error:
-        problem = f"expected a JSON object, {error}"
-    if not problem:
-        characters = re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of pairs, which JSON can name
-        yield from _document(found, name, characters.encode(), characters != text or len(whole.encode()) != len(line))
-    elif found.skip_bad_records:
-        yield BadRecord(f"{where}: {problem}")
-    else:
-        raise DataError(f"data.source: bad record in {where}: {problem}; data.on_bad_record=skip leaves such records out")
+        problem = f"expected a JSON object, {one_line(error, 100)}"
+    if problem:
+        yield _bad(found, where, problem)
+        return
+    characters = re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of pairs, which JSON can name
+    yield from _document(found, name, characters.encode(), replaced or characters != text)
+
+
+def _bad(found: "Plan", where: str, problem: str) -> BadRecord:
+    if found.skip_bad_records:
+        return BadRecord(f"{where}: {problem}")
+    raise DataError(f"data.source: bad record in {where}: {problem}; data.on_bad_record=skip leaves such records out")
 
 
 def _read_tfds(found: "Plan", piece: Piece) -> Iterator[Part]:

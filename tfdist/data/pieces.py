@@ -2,14 +2,13 @@
 on the files alone."""
 
 import dataclasses
-import glob
 import itertools
 import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from tfdist.data import tfds_source, token_files
+from tfdist.data import globs, tfds_source, token_files
 from tfdist.errors import DataError
 
 TRAIN, VALIDATION = "train", "validation"
@@ -79,13 +78,10 @@ def _token_files(patterns: str, _) -> tuple[Piece, ...]:
 
 
 def _matching_files(patterns: str) -> list[Path]:
-    found: set[Path] = set()
-    for pattern in patterns.split(","):
-        matches = {Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
-        if not matches:
-            raise DataError(f"data.source: expected files at {pattern!r}, found none; the path is relative to {Path.cwd()}")
-        found |= matches
-    return sorted(found)
+    found, empty = globs.files_of(patterns.split(","))
+    if empty:
+        raise DataError(f"data.source: expected files at {empty[0]!r}, found none; the path is relative to {Path.cwd()}")
+    return sorted(map(Path, found))
 
 
 def _whole(paths: list[Path]) -> list[Span]:
@@ -124,7 +120,8 @@ def _cut_at_line(span: Span, target: int) -> list[int]:
     with open(span.path, "rb") as file:
         for place in range(target, span.end, target):
             file.seek(place - 1)  # a line that ends right there is whole
-            file.readline()
+            while (part := file.readline(_LINE_BYTES)) and not part.endswith(b"\n"):
+                pass
             places.append(file.tell())
     return sorted(set(places))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.shard_writer import DOCUMENTS
+from tfdist.data.index import documents_of
 from tfdist.data.shards import Shard, Split
 from tfdist.patches.datasets import mapped_file
 
@@ -59,7 +59,7 @@ def documents(split: Split) -> tuple[tf.Tensor, tf.Tensor]:
     """(first token, key) of each document of a split, int64 [documents] each; read from its files."""
     parts, before = [tf.zeros([0, 2], tf.int64)], 0
     for shard in split.shards:
-        path = shard.path.with_name(shard.path.stem + DOCUMENTS)
+        path = shard.path.with_name(documents_of(shard.path.name))
         header = path.stat().st_size - 16 * shard.documents
         raw = tf.strings.substr(tf.io.read_file(str(path)), header, -1)
         found = tf.reshape(tf.io.decode_raw(raw, tf.int64), [-1, 2])

@@ -1,19 +1,17 @@
 """Documents into shards: encoded in batches, written as they come, so that a process needs little memory."""
 
 import contextlib
-import io
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from tfdist import files
-from tfdist.data import documents, tokenizer
+from tfdist.data import documents, npy, tokenizer
+from tfdist.data.index import documents_of
 from tfdist.errors import DataError
 
-DOCUMENTS = ".documents.npy"  # beside each shard: int64 [documents, 2], where each begins in the shard, and its key
 _BATCH_BYTES = 1 << 22  # of text that is encoded in one call, and then written: what a process keeps in memory
-_HEADER_BYTES = 128  # of a .npy file with one dimension
 
 
 class ShardWriter:
@@ -66,25 +64,19 @@ class ShardWriter:
             tokens = np.concatenate([np.array([self.encoder.document_start], self.dtype), tokens])
         if self.file is None:
             self.file = self.open.enter_context(files.whole_file(self.path))
-            self.file.write(bytes(_HEADER_BYTES))
+            self.file.write(bytes(npy.HEADER_BYTES))
         self.file.write(tokens.tobytes())
         self.tokens += len(tokens)
         self.text_bytes += len(part.text)
         self.replaced += part.replaced
 
     def _close_shard(self) -> None:
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.tokens,)}
-        )
-        assert len(header.getvalue()) == _HEADER_BYTES
         self.file.seek(0)
-        self.file.write(header.getvalue())
+        self.file.write(npy.header(self.dtype, (self.tokens,)))
         self.open.close()  # now it has its name
-        starts = io.BytesIO()
-        np.save(starts, np.array(self.documents, np.int64).reshape(-1, 2))
-        starts_path = self.path.with_name(self.path.stem + DOCUMENTS)
-        files.write(starts_path, starts.getvalue())
+        starts = np.array(self.documents, np.int64).reshape(-1, 2)
+        starts_path = self.path.with_name(documents_of(self.path.name))
+        files.write(starts_path, npy.header(np.int64, starts.shape) + starts.tobytes())
         self.shards.append({
             "file": self.path.name,
             "tokens": self.tokens,

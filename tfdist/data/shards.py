@@ -3,11 +3,10 @@
 The cache is addressed by content: a hash of everything that determines the tokens.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
-import json
-import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from absl import logging
 
 from tfdist import files
 from tfdist.config import DataConfig
-from tfdist.data import build, corpus, tokenizer
+from tfdist.data import build, corpus, npy, tokenizer, verified
 from tfdist.data.documents import Part
-from tfdist.data.shard_writer import DOCUMENTS
-from tfdist.errors import DataError
-
-_VERIFIED = ".verified.json"  # sizes and times of the files whose checksums were found right
+from tfdist.data.index import FORMAT, INDEX, data_hash, documents_of
+from tfdist.data.index import read as read_index
+from tfdist.errors import DataError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +32,11 @@ class Shard:
 
     def starts_and_keys(self) -> np.ndarray:
         """int64 [documents, 2]: the first token of each document that begins here, and its key."""
-        return np.load(self.path.with_name(self.path.stem + DOCUMENTS), mmap_mode="r")
+        return npy.read(self.path.with_name(documents_of(self.path.name)), "int64", (self.documents, 2))
 
     def read(self) -> np.ndarray:
         """Its tokens, mapped from the file."""
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return npy.read(self.path, self.dtype, (self.tokens,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +88,14 @@ def open_source(config: DataConfig, cache_dir: Path) -> TokenDataset:
         found = read(Path(config.source.removeprefix("shards:")))
         _check_tokenizer(found, config.tokenizer)
         return found
-    plan = corpus.plan(config.source, config.text_key, config.validation_fraction, config.on_bad_record)
+    plan = corpus.plan(
+        config.source, config.text_key, config.validation_fraction, config.on_bad_record, config.max_record_mb
+    )
     final = cache_dir / _known_content_hash(plan, config.tokenizer, cache_dir)
-    if not (final / build.INDEX).exists():
+    if not (final / INDEX).exists():
         _make_writable(cache_dir)
         build.build(plan, config.tokenizer, config.source, final, max_bad_records=config.max_bad_records)
-    index = _read_index(final)
+    index = read_index(final)
     if index["bad_records"] > config.max_bad_records:
         raise DataError(
             f"data.source: expected at most {config.max_bad_records} bad records (data.max_bad_records), found "
@@ -110,14 +110,17 @@ def open_source(config: DataConfig, cache_dir: Path) -> TokenDataset:
 
 def _known_content_hash(plan: corpus.Plan, spec: str, cache_dir: Path) -> str:
     """`content_hash`; of files of the same size and time as before without reading them."""
-    memo = cache_dir / "sources" / hashlib.sha256(build.facts_of(plan, spec).encode()).hexdigest()[:32]
+    sources, name = cache_dir / "sources", hashlib.sha256(build.facts_of(plan, spec).encode()).hexdigest()[:32]
     try:
-        return memo.read_text()
-    except OSError:
-        found = content_hash(plan, spec)
-    _make_writable(memo.parent)
-    files.write(memo, found.encode())
-    return found
+        known = files.read_inside(sources, name, 32).decode()
+    except (OSError, ValueError):
+        known = ""
+    if not re.fullmatch("[0-9a-f]{32}", known):  # there is none, or it is damaged
+        known = content_hash(plan, spec)
+        _make_writable(sources)
+        with contextlib.suppress(OSError):  # it only saves time
+            files.write(sources / name, known.encode())
+    return known
 
 
 def _mixture(config: DataConfig, cache_dir: Path) -> TokenDataset:
@@ -157,17 +160,15 @@ def _check_tokenizer(found: TokenDataset, spec: str) -> None:
     if kind == "file":
         same = tokenizer.fingerprint(tokenizer.make(spec, ())) == found.tokenizer_hash
     if not same:
-        raise DataError(
-            f"data.tokenizer: expected {found.tokenizer} (of {found.path}), found {spec}; "
-            f"--config.data.tokenizer={found.tokenizer}"
-        )
+        name = one_line(found.tokenizer, 100)
+        raise DataError(f"data.tokenizer: expected {name} (of {found.path}), found {spec}; --config.data.tokenizer={name}")
 
 
 def content_hash(plan: corpus.Plan, spec: str) -> str:
     """Of the texts, their names, order and split, and the tokenizer: not of where the files lie or when they changed."""
     kind, _ = tokenizer.kind_and_value(spec)
     name = tokenizer.fingerprint(tokenizer.make(spec, ())) if kind == "file" else spec
-    digest = hashlib.sha256(f"{build.FORMAT}/{name}/{build.SHARD_TOKENS}".encode())
+    digest = hashlib.sha256(f"{FORMAT}/{name}/{build.SHARD_TOKENS}".encode())
     for part in plan.documents():
         if isinstance(part, Part):
             text = part.text if part.tokens is None else part.tokens.tobytes()
@@ -179,117 +180,47 @@ def content_hash(plan: corpus.Plan, spec: str) -> str:
 def read(path: Path) -> TokenDataset:
     """Opens a built dataset. Checks that all shards are there, no others, and that none has changed: sizes and types each
     time, SHA-256 and token ids once (a file of the same size and time is not read again)."""
-    index = _read_index(path)
-    try:
-        splits = {
-            name: Split(
-                tuple(_open_shard(path / s["file"], s, index["dtype"]) for s in split["shards"]),
-                *(split[field] for field in ("tokens", "documents", "text_bytes")),
-            )
-            for name, split in index["splits"].items()
-        }
-        shards = [shard for split in index["splits"].values() for shard in split["shards"]]
-        known = {name for s in shards for name in (s["file"], Path(s["file"]).stem + DOCUMENTS)}
-        extra = sorted({p.name for p in path.glob("*.npy")} - known)
-        if extra:
-            raise DataError(f"data: expected the shards of {path / build.INDEX}, found another: {extra[0]}; move it away")
-        _check_index(path, index)
-        _verify(path, shards, index["vocab_size"])
-        return TokenDataset(
-            path, index["data_hash"], index["tokenizer"], index["tokenizer_hash"], index["vocab_size"],
-            index["document_start"], splits,
-        )  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"data: {path / build.INDEX} is damaged ({type(error).__name__}: {error}); build it again"
-        ) from error
-
-
-def _read_index(path: Path) -> dict:
-    file = path / build.INDEX
-    try:
-        index = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise DataError(f"data: expected a token dataset ({build.INDEX}) in {path}, found none") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"data: cannot read {file}: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != build.FORMAT:
-        found = index.get("format") if isinstance(index, dict) else index
-        raise DataError(f"data: expected format {build.FORMAT} in {file}, found {found!r}; build it again")
-    return index
-
-
-def _check_index(path: Path, index: dict) -> None:
-    """What follows from the rest must be so: totals, the data's hash, and the tokenizer beside the shards."""
-    made = tokenizer.fingerprint(tokenizer.restore(index["tokenizer"], path))
-    if made != index["tokenizer_hash"]:
-        raise DataError(
-            f"data.tokenizer: expected the tokenizer {index['tokenizer_hash']} that {path} was built with, found {made} "
-            f"({tokenizer.FILE} has changed); build the dataset again"
+    index = read_index(path)
+    splits = {
+        name: Split(
+            tuple(_open_shard(path / s["file"], s, index["dtype"]) for s in split["shards"]),
+            *(split[field] for field in ("tokens", "documents", "text_bytes")),
         )
-    totals = {name: sum(shard["tokens"] for shard in split["shards"]) for name, split in index["splits"].items()}
-    if index["data_hash"] != build.data_hash(index["splits"], index["tokenizer_hash"]) or any(
-        split["tokens"] != totals[name] for name, split in index["splits"].items()
-    ):
-        raise DataError(f"data: {path / build.INDEX} has been edited (its numbers do not fit each other); build it again")
+        for name, split in index["splits"].items()
+    }
+    shards = [shard for split in index["splits"].values() for shard in split["shards"]]
+    known = {name for s in shards for name in (s["file"], documents_of(s["file"]))}
+    extra = sorted({p.name for p in path.glob("*.npy")} - known)
+    if extra:
+        other = one_line(extra[0], 60)
+        raise DataError(f"data: expected the shards of {path / INDEX}, found another: {other}; move it away")
+    _check_tokenizer_and_hash(path, index)
+    verified.check(path, shards, index["dtype"], index["vocab_size"])
+    return TokenDataset(
+        path, index["data_hash"], index["tokenizer"], index["tokenizer_hash"], index["vocab_size"],
+        index["document_start"], splits,
+    )  # fmt: skip
+
+
+def _check_tokenizer_and_hash(path: Path, index: dict) -> None:
+    """What follows from the rest must be so: the data's hash, and the tokenizer beside the shards."""
+    made = tokenizer.restore(index["tokenizer"], path)
+    found = tokenizer.fingerprint(made)
+    if found != index["tokenizer_hash"]:
+        raise DataError(
+            f"data.tokenizer: expected the tokenizer {one_line(index['tokenizer_hash'], 40)} that {path} was built with, "
+            f"found {found} ({tokenizer.FILE} has changed); build the dataset again"
+        )
+    numbers = made.vocab_size, made.document_start, data_hash(index["splits"], index["tokenizer_hash"])
+    if numbers != (index["vocab_size"], index["document_start"], index["data_hash"]):
+        raise DataError(f"data: {path / INDEX} has been edited (its numbers do not fit each other); build it again")
 
 
 def _open_shard(path: Path, entry: dict, dtype: str) -> Shard:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        size = path.stat().st_size
-        documents = np.load(path.with_name(path.stem + DOCUMENTS), mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise DataError(f"data: expected the shard {error.filename}, found no such file; build the dataset again") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"data: cannot read shard {path}: {error}; build the dataset again") from error
-    if array.ndim != 1 or array.dtype.name != dtype or len(array) != entry["tokens"]:
-        raise DataError(
-            f"data: expected {entry['tokens']} tokens of {dtype} in {path}, found {array.dtype} {list(array.shape)}"
-        )
-    if documents.shape != (entry["documents"], 2):
-        raise DataError(f"data: expected {entry['documents']} documents in {path}, found {list(documents.shape)}")
-    return Shard(path, entry["tokens"], size - array.nbytes, dtype, entry["documents"])
-
-
-def _verify(path: Path, shards: list[dict], vocab_size: int) -> None:
-    """Reads what has not been read in this state before, and remembers it where the folder can be written."""
-    expected = {}
-    for entry in shards:
-        expected[entry["file"]] = entry["sha256"]
-        expected[Path(entry["file"]).stem + DOCUMENTS] = entry["documents_sha256"]
-    states = {}
-    for name, checksum in expected.items():
-        stat = (path / name).stat()
-        states[name] = [stat.st_size, stat.st_mtime_ns, checksum, vocab_size]
-    try:
-        verified = json.loads((path / _VERIFIED).read_text())
-        new = [name for name, state in states.items() if verified.get(name) != state]
-    except (OSError, ValueError, AttributeError):
-        new = list(states)
-    if not new:
-        return
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing runs outside of Python's lock
-        for name, checksum in zip(new, pool.map(lambda name: _checksum(path / name, vocab_size), new), strict=True):
-            if checksum != expected[name]:
-                raise DataError(
-                    f"data: expected the SHA-256 {expected[name][:12]}... of {path / name}, found {checksum[:12]}...: the "
-                    "file has changed since it was built; build the dataset again"
-                )
-    try:
-        files.write(path / _VERIFIED, json.dumps(states).encode())
-    except OSError:
-        return  # a folder of somebody else's: read again the next time
-
-
-def _checksum(path: Path, vocab_size: int) -> str:
-    largest = -1
-    array = None if path.name.endswith(DOCUMENTS) else np.load(path, mmap_mode="r")
-    for start in range(0, 0 if array is None else len(array), 1 << 21):
-        largest = max(largest, int(array[start : start + (1 << 21)].max()))
-    if largest >= vocab_size:
-        raise DataError(f"data: expected token ids below its vocabulary of {vocab_size}, found {largest} in {path}")
-    return files.sha256(path)
+    shard = Shard(path, entry["tokens"], npy.HEADER_BYTES, dtype, entry["documents"])
+    shard.read()
+    shard.starts_and_keys()
+    return shard
 
 
 def _make_writable(cache_dir: Path) -> None:

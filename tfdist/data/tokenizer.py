@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tfdist.errors import DataError
+from tfdist import files
+from tfdist.errors import DataError, one_line
 
 FILE = "tokenizer.json"
+_MOST_BYTES = 256 << 20
 _START, _PADDING = "<|document|>", "<|padding|>"
 _KNOWN_STARTS = (_START, "<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "[CLS]")
 
@@ -48,18 +50,18 @@ class SubwordTokenizer:
         self.name, self.json = name, json
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"data.tokenizer: cannot read the tokenizer {name}: {' '.join(str(error).split())[:200]}"
-            ) from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exception, and panics of Rust, which are none
+            raise DataError(f"data.tokenizer: cannot read the tokenizer {_named(name)}: {one_line(error, 200)}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         starts = [token for token in _KNOWN_STARTS if self._tokenizer.token_to_id(token) is not None]
         if not starts:
             raise DataError(f"data.tokenizer: expected a token that starts a document ({', '.join(_KNOWN_STARTS)}), found "
-                            f"none in {name}")  # fmt: skip
+                            f"none in {_named(name)}")  # fmt: skip
         self.document_start = self._tokenizer.token_to_id(starts[0])
 
     def encode(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -113,11 +115,12 @@ def token_dtype(vocab_size: int) -> type:
 def kind_and_value(spec: str) -> tuple[str, str]:
     """Splits bytes, bpe:SIZE, file:PATH or ids:SIZE. Raises `DataError` for anything else."""
     kind, _, value = spec.partition(":")
-    number = int(value) if value.isdecimal() else 0
+    number = int(value) if value.isdecimal() and len(value) < 12 else 0
     good = {"bytes": spec == "bytes", "bpe": 258 < number <= 1 << 20, "file": value, "ids": 0 < number <= 1 << 31}
     if not good.get(kind):
         raise DataError(
-            f"data.tokenizer: expected bytes, bpe:SIZE (259 to 1048576), file:tokenizer.json or ids:SIZE, found {spec!r}"
+            "data.tokenizer: expected bytes, bpe:SIZE (259 to 1048576), file:tokenizer.json or ids:SIZE, found "
+            f"{_named(repr(spec))}"
         )
     return kind, value
 
@@ -139,7 +142,7 @@ def restore(name: str, folder: Path) -> Tokenizer:
     kind, value = kind_and_value(name)
     if kind == "bytes":
         return ByteTokenizer()
-    return Ids(int(value)) if kind == "ids" else SubwordTokenizer(name, _read(folder / FILE))
+    return Ids(int(value)) if kind == "ids" else SubwordTokenizer(name, _read(folder / FILE, plain=True))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -148,9 +151,15 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> str:
+def _named(name: str) -> str:
+    """A dataset or a workdir from elsewhere may say anything."""
+    return one_line(name, 100)
+
+
+def _read(path: Path, plain: bool = False) -> str:
+    """`plain`: of a folder from elsewhere, where links and pipes are refused."""
     try:
-        return path.read_text()
+        return files.read_inside(path.parent, path.name, _MOST_BYTES).decode() if plain else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.tokenizer: cannot read {path}: {getattr(error, 'strerror', error)}") from error
 

@@ -308,7 +308,8 @@ class Adapter:
             if "://" in str(filepath) or not plain or kwargs.get("max_shard_size") or kwargs.get("zipped") is False:
                 return stock(self.model, filepath, *args, **kwargs)
             suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".weights.h5") else path.suffix
-            aside = path.with_name(f".{path.name}.{self.strategy.first_replica}.{os.getpid()}.tmp{suffix}")
+            aside = files.temporary(path.with_name(f".{path.name}"))
+            aside = aside.with_name(aside.name + suffix)
             if path.exists() and (args[:1] or [kwargs.get("overwrite", True)])[0] is False:
                 return stock(self.model, filepath, *args, **kwargs)  # it asks
             try:

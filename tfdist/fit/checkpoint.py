@@ -16,6 +16,7 @@ from tfdist import files
 from tfdist.checkpoint import keys, policy, store
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.errors import CheckpointError, Stopped, UserError
+from tfdist.fit import saved
 from tfdist.fit.functions import optimizers_of
 from tfdist.patches.fit import counters, on_epoch_iterator, start_at_epoch
 from tfdist.strategies.base import Strategy
@@ -87,11 +88,7 @@ class Checkpoint(keras.callbacks.Callback):
                     "back, or delete that file to start anew"
                 )
             if self.found is not None:
-                facts = self.found.manifest.get("fit")
-                if facts is None:
-                    raise CheckpointError(
-                        f"checkpoint: expected one of tfdist.fit.Checkpoint, found another: {self.found.path}"
-                    )
+                facts = saved.facts_of(self.found)
                 values = {key: array for key, array in self.found.arrays().items() if key.startswith(_VALUES)}
                 state.load(values_of(model), values, str(self.found.path))
         facts = json.loads(self.strategy.broadcast(json.dumps(facts).encode()))
@@ -107,6 +104,12 @@ class Checkpoint(keras.callbacks.Callback):
                 f"checkpoint: {self.folder} is of a fit with initial_epoch={facts['initial_epoch']} and "
                 f"steps_per_execution={facts['steps_per_execution']}, found {self.initial_epoch} and "
                 f"{model.steps_per_execution}; give the same, or another folder"
+            )
+        known = epoch_iterator.steps_per_epoch or epoch_iterator.num_batches
+        if known is not None and self.batch > int(known):
+            raise CheckpointError(
+                f"checkpoint: {self.folder} is of a fit that had done {self.batch} batches of an epoch, found epochs of "
+                f"{known}; give the same data, or another folder"
             )
         start_at_epoch(model, sys.maxsize if facts["stopped"] else self.epoch)
         epochs = self.epoch - self.initial_epoch
@@ -184,11 +187,10 @@ class Checkpoint(keras.callbacks.Callback):
                 logging.warning("fit: %s has a %s, which is not among the callbacks any more", self.folder, kind)
             else:
                 left.remove(counting)
-            for name, value in counted.items():
-                if isinstance(value, dict):
-                    value = [next(best_weights) for _ in range(value["weights"])]
-                if counting is not None:
-                    setattr(counting, name, value)
+            if isinstance(counted.get("best_weights"), dict):
+                counted["best_weights"] = [next(best_weights) for _ in range(counted["best_weights"]["weights"])]
+            if counting is not None:
+                saved.set_counters(counting, counted, str(self.folder))
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.history is not None:  # Keras has emptied its own by now
@@ -196,7 +198,10 @@ class Checkpoint(keras.callbacks.Callback):
         self.epoch, self.history = epoch, None
         metrics, self.metrics = self.metrics, []
         if metrics:  # in the middle of an epoch
-            for variable, value in zip(self.model.metrics_variables, metrics, strict=True):
+            variables = self.model.metrics_variables
+            if [tuple(v.shape) for v in variables] != [value.shape for value in metrics]:
+                raise CheckpointError(f"checkpoint: {self.folder} has other metrics than the model; give it the same")
+            for variable, value in zip(variables, metrics, strict=True):
                 copies = self.strategy.tf_strategy.experimental_local_results(variable.value)
                 for replica, copy in enumerate(copies, self.strategy.first_replica):  # where a step leaves it
                     copy.assign(value if not replica or variable.aggregation != "sum" else np.zeros_like(value))

@@ -1,8 +1,14 @@
 """`report.png`: what a run looked like."""
 
+import math
 from pathlib import Path
 
 from tfdist.metrics.writers import read_rows
+
+
+def _numbers(rows: list[dict], name: str) -> list[float]:
+    """A column; NaN where a row has no number there."""
+    return [row[name] if isinstance(row.get(name), (int, float)) else math.nan for row in rows]
 
 
 def plot(metrics: Path, out: Path) -> None:
@@ -13,14 +19,14 @@ def plot(metrics: Path, out: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     loss, rate, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     steps = [row["step"] for row in train]
-    loss.plot(steps, [row["loss"] for row in train], label="train", linewidth=1)
+    loss.plot(steps, _numbers(train, "loss"), label="train", linewidth=1)
     if evals:
-        loss.plot([row["step"] for row in evals], [row["loss"] for row in evals], "o-", label="validation")
+        loss.plot([row["step"] for row in evals], _numbers(evals, "loss"), "o-", label="validation")
     loss.set_ylabel("loss (nats per token)")
     loss.legend()
-    rate.plot(steps, [row["learning_rate"] for row in train], color="tab:green")
+    rate.plot(steps, _numbers(train, "learning_rate"), color="tab:green")
     rate.set_ylabel("learning rate")
-    speed.plot(steps, [row["tokens_per_s"] for row in train], color="tab:purple")
+    speed.plot(steps, _numbers(train, "tokens_per_s"), color="tab:purple")
     speed.set_ylabel("tokens/s")
     speed.set_xlabel("step")
     speed.set_ylim(bottom=0)

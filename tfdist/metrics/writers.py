@@ -16,8 +16,10 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tfdist import files
 from tfdist.errors import printable
 
+_MOST_ROW_BYTES = 1 << 20  # a longer line is no row
 _PLAIN_EVERY_S = 5.0
 _AGAIN_S = 60.0  # after a failure of TensorBoard's files
 
@@ -119,7 +121,7 @@ class JsonLines:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int) else None
 
@@ -127,10 +129,13 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def read_all(path: Path) -> Iterator[dict[str, Any]]:
     """Every row, as written; none where the file is not there. What a killed run left half-written is skipped."""
     try:
-        lines = path.read_bytes().splitlines()
+        file = files.open_inside(path.parent, path.name)
     except FileNotFoundError:
         return
-    yield from (row for line in lines if (row := _row(line)) is not None)
+    with file:
+        while line := file.readline(_MOST_ROW_BYTES):
+            if (row := _row(line)) is not None:
+                yield row
 
 
 def read_rows(path: Path, kind: str) -> list[dict[str, Any]]:

@@ -361,7 +361,12 @@ def activity_of_replicas(layers: list[keras.Layer], scaled: Callable):
 
 
 def counters(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """What a callback of Keras, or one derived from it, has counted, and goes on from.
+    """What a callback of Keras, or one derived from it, has counted, and goes on from."""
+    return {name: vars(callback)[name] for name in names_of_counters(callback) if name in vars(callback)}
+
+
+def names_of_counters(callback: keras.callbacks.Callback) -> tuple[str, ...]:
+    """Of those attributes.
 
     What: attributes of EarlyStopping, ReduceLROnPlateau, ModelCheckpoint and SwapEMAWeights, some of them private.
     Why: Keras saves none of them. Versions: Keras 3.10-3.15.
@@ -374,5 +379,5 @@ def counters(callback: keras.callbacks.Callback) -> dict[str, Any]:
     }
     for kind, names in kinds.items():
         if isinstance(callback, getattr(keras.callbacks, kind)):
-            return {name: vars(callback)[name] for name in names if name in vars(callback)}
-    return {}
+            return names
+    return ()

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tfdist import files
 from tfdist.checkpoint import store
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.errors import CheckpointError, UserError
@@ -34,8 +35,8 @@ def check_writable(workdir: Workdir, *folders: Path) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         for file in (workdir.metrics, workdir.report):
-            if file.exists():
-                open(file, "ab").close()
+            with contextlib.suppress(FileNotFoundError):
+                files.open_inside(workdir.path, file.name, "r+b").close()
 
 
 @contextlib.contextmanager

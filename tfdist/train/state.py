@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.checkpoint import keys
-from tfdist.errors import CheckpointError, UserError
+from tfdist.errors import CheckpointError, UserError, one_line
 from tfdist.patches.layers import all_layers, state_of_layers
 from tfdist.patches.optimizers import moving_averages
 from tfdist.strategies.base import Strategy
@@ -146,7 +146,8 @@ def load(values: Mapping[str, keras.Variable], arrays: Mapping[str, np.ndarray],
         ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"checkpoint: {origin} does not fit the model: {'; '.join(problems[:5])}{more}")
+        shown = "; ".join(one_line(problem, 120) for problem in problems[:5])
+        raise CheckpointError(f"checkpoint: {origin} does not fit the model: {shown}{more}")
     for key, variable in values.items():
         variable.assign(arrays[key])
 
@@ -165,11 +166,16 @@ def share(strategy: Strategy, variables: list[keras.Variable], changed: bool = T
         start += count * dtype.itemsize
 
 
-def averaged(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def averaged(arrays: Mapping[str, np.ndarray], origin: str = "a checkpoint") -> dict[str, np.ndarray]:
     """The weights of a checkpoint, for evaluation: the moving averages, where the optimizer keeps them and has updated."""
     weights = {key: array for key, array in arrays.items() if key.startswith(MODEL)}
     for key, array in arrays.items():
         before, found, name = key.partition(_AVERAGES)
-        if found and arrays[f"{before}iterations"]:
+        if not found:
+            continue
+        updates = arrays.get(f"{before}iterations", np.zeros(0))
+        if updates.shape:
+            raise CheckpointError(f"checkpoint: {origin}: expected the number of updates beside averages, found none")
+        if updates:
             weights[MODEL + name] = array
     return weights

@@ -16,7 +16,7 @@ from tfdist import __version__
 from tfdist.checkpoint import policy, store
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cluster.link import supervisor
-from tfdist.errors import CheckpointError, Stopped, UserError
+from tfdist.errors import CheckpointError, Stopped, UserError, one_line
 from tfdist.metrics.writers import JsonLines, Terminal, Writer
 from tfdist.strategies import support
 from tfdist.strategies.base import DatasetFn, Strategy
@@ -107,11 +107,15 @@ class Trainer:
         if found is not None:
             for name, value in self.facts.items():
                 if found.manifest.get(name) != value:
+                    there = one_line(repr(found.manifest.get(name)), 60)
                     raise UserError(
-                        f"{name}: expected {found.manifest.get(name)!r} (of {found.path}), found {value!r}; "
+                        f"{name}: expected {there} (of {found.path}), found {value!r}; "
                         "a resumed run needs the same; --fresh, or another workdir, starts anew"
                     )
-            load(self.state.values(), found.arrays(), str(found.path))
+            arrays = found.arrays()
+            if not np.array_equal(arrays.get("step", -1), found.step):
+                raise CheckpointError(f"checkpoint: expected the values of step {found.step} in {found.path}, found others")
+            load(self.state.values(), arrays, str(found.path))
         self.share_state(found is not None)
         if self.strategy.is_chief:
             self.writers = [w for w in self.writers if not isinstance(w, JsonLines)] + [JsonLines(self.workdir.metrics)]
