@@ -16,6 +16,7 @@ from tfdist.cli.usage import fail, near
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, supervisor_fd
 from tfdist.cluster.spec import check_strategy
+from tfdist.launch import output
 from tfdist.verification.subject import DTYPES, NUM_STEPS, STRATEGIES
 
 USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
@@ -42,6 +43,7 @@ _COMMANDS = (*_RUN_COMMANDS, "data", "launch", "supervise", "doctor")
 
 
 def main() -> None:
+    output.never_fail()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("help", "-h", "-help", "--help", "--helpfull"):
         print(USAGE)

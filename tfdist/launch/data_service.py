@@ -1,13 +1,11 @@
 """The processes of TensorFlow's data service, which `tfdist launch --data_workers=N` starts beside those that train."""
 
-import contextlib
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 from tfdist.cluster import ports
+from tfdist.launch.process import OwnProcess, tied
 from tfdist.launch.watchdog import describe_exit
 
 _MODULE = "tfdist.data.service"
@@ -17,7 +15,7 @@ class DataService:
     """A dispatcher and so many workers, each a process in a group of its own that ends with this one."""
 
     def __init__(self, num_workers: int, log_dir: Path):
-        self.processes: dict[str, subprocess.Popen] = {}
+        self.processes: dict[str, OwnProcess] = {}
         reserved = [ports.reserve() for _ in range(num_workers + 1)]
         dispatcher, *workers = (sock.getsockname()[1] for sock in reserved)
         for sock in reserved:
@@ -29,22 +27,17 @@ class DataService:
 
     def _start(self, name: str, log_dir: Path, port: int, *dispatcher: str) -> None:
         with open(log_dir / f"{name}.log", "ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(os.getpid()), str(port), *dispatcher],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+            command = [sys.executable, "-m", _MODULE, str(os.getpid()), str(port), *dispatcher]
+            self.processes[name] = OwnProcess(tied(command), stdout=log, stderr=log)
 
     def failure(self) -> str:
         """What became of the first process that is gone; empty while all are there."""
         for name, process in self.processes.items():
             code = process.poll()
             if code is not None:
-                return f"{name} {describe_exit(code if code >= 0 else 128 - code)}"
+                return f"{name} {describe_exit(code)}"
         return ""
 
     def close(self) -> None:
         for process in self.processes.values():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
+            process.kill()
