@@ -329,7 +329,7 @@ def test_a_frozen_supervisor_is_found(tmp_path, task):
     supervisor = parent_of(program)
     os.kill(supervisor, signal.SIGSTOP)
     done = finish(process, 15)
-    assert done.returncode == 140 and f"{task.replace('-', ' ')} is silent for" in done.stderr
+    assert done.returncode == 140 and f"{task.replace('-', ' ')} is silent: network or machine" in done.stderr
     assert_all_gone(members, 1.0)
 
 
@@ -392,7 +392,14 @@ def chief_and_server(**values) -> list[Seen]:
         ([seen(0), seen(1, beat_s=96)], 142, "worker 1 is frozen: no heartbeat for 4.0 s (phase train, step 7)"),
         ([seen(0), seen(1, beat_s=96, exiting=True)], None, ""),  # whose threads have ended
         ([seen(0), seen(1, beat_s=30, exiting=True)], 142, "worker 1 is frozen at its exit: no heartbeat for 70.0 s"),
-        ([seen(0), seen(1, heard_s=96)], 140, "worker 1 is silent for 4.0 s"),
+        # who is not heard is silent, whatever its last beat was; who is heard, and does not beat, is frozen
+        ([seen(0), seen(1, heard_s=96, beat_s=95.5)], 140,
+         "worker 1 is silent: network or machine; nothing of its supervisor for 4.0 s (phase train, step 7)"),
+        ([seen(0), seen(1, heard_s=97.5, beat_s=96.5)], None, ""),
+        ([seen(0), seen(1, heard_s=98, beat_s=94)], 142, "worker 1 is frozen: no heartbeat for 4.0 s"),
+        ([seen(0), seen(1, heard_s=96, beat_s=None, suspended=True, moved_s=95)], 140, "worker 1 is silent"),
+        ([seen(0, exit_code=140, exited_s=99.5), seen(1, heard_s=97, beat_s=96.8)], 140, "worker 1 is silent: network or"),
+        ([seen(0, exit_code=140, exited_s=99.5), seen(1, heard_s=99.5, beat_s=96.8)], 142, "worker 1 is frozen"),
         ([seen(0), seen(1, beat_s=None, suspended=True, moved_s=96)], 142, "worker 1 is frozen"),
         ([seen(0, exit_code=0), seen(1, exit_code=0)], 0, "done"),
         ([seen(0, exit_code=143), seen(1, exit_code=0)], 143, "stopped"),
