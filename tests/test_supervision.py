@@ -156,6 +156,7 @@ def line(**message) -> bytes:
         (1, line(status=STATUS | {"exit_code": 256}), "worker 1 is lost: malformed message: status.exit_code: 256"),
         (1, line(status=[]), "worker 1 is lost: malformed message: status: a list"),
         (1, line(stop=True)[:-1] + b"}\n", "worker 1 is lost: malformed message: a line that is no JSON object"),
+        (1, line(stop=1), "worker 1 is lost: malformed message: stop: 1"),
         (1, line(other=1), "worker 1 is lost: malformed message: expected status or stop, found 'other'"),
         (0, line(end=GOOD["end"][1] | {"exit_code": 256}), "worker 0 is lost: malformed message: end.exit_code: 256"),
         (0, line(end=GOOD["end"][1] | {"task": ["worker"]}), "worker 0 is lost: malformed message: end.task: a list"),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tfdist.cluster import ports
+from tfdist.launch.member import open_log
 from tfdist.launch.process import OwnProcess, tied
 from tfdist.launch.watchdog import describe_exit
 
@@ -26,7 +27,7 @@ class DataService:
             self._start(f"data-worker-{i}", log_dir, port, self.address)
 
     def _start(self, name: str, log_dir: Path, port: int, *dispatcher: str) -> None:
-        with open(log_dir / f"{name}.log", "ab") as log:
+        with open_log(log_dir / f"{name}.log") as log:
             command = [sys.executable, "-m", _MODULE, str(os.getpid()), str(port), *dispatcher]
             self.processes[name] = OwnProcess(tied(command), stdout=log, stderr=log)
 

@@ -7,6 +7,7 @@ import re
 import secrets
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from tfdist.cluster import ports
 from tfdist.cluster.resolve import DATA_SERVICE
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.errors import DONE, PEER_LOST, STOPPED
+from tfdist.errors import DONE, PEER_LOST, STOPPED, UserError
 from tfdist.launch import process, restarts
 from tfdist.launch.assign import Group, clusters, gpus_of_workers
 from tfdist.launch.data_service import DataService
@@ -57,7 +58,11 @@ class Launcher:
 
     async def run(self) -> int:
         handle_signals(asyncio.get_running_loop(), self._on_signal)
-        self.group.log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.group.log_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.group.log_dir).close()
+        except OSError as error:
+            raise UserError(f"--log_dir: cannot write to {self.group.log_dir}: {error.strerror}") from error
         try:
             while True:
                 failure = await self._run_once()

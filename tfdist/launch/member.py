@@ -6,6 +6,7 @@ stderr is shown of all.
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from tfdist.cluster.spec import Cluster
@@ -21,6 +23,7 @@ from tfdist.cluster.wire import MAX_LINE_BYTES
 from tfdist.errors import PEER_LOST
 from tfdist.launch import protocol
 from tfdist.launch.assign import Group
+from tfdist.launch.output import say
 from tfdist.launch.process import LAUNCHER_FD, OwnProcess, kill_orphan
 from tfdist.launch.watchdog import describe_exit
 
@@ -46,7 +49,7 @@ class Member:
         self.killed = self.in_stacks = False
         self.ended_s = float("inf")
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self.log: IO[bytes] = open(group.log_dir / f"{self.task.type}-{self.task.index}.log", "ab", buffering=0)  # noqa: SIM115
+        self.log = open_log(group.log_dir / f"{self.task.type}-{self.task.index}.log")
         self.process = OwnProcess(
             group.command, env={**environment, LAUNCHER_FD: str(theirs.fileno())}, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, pass_fds=[theirs.fileno()],
@@ -154,6 +157,17 @@ class Member:
         self.hear()
         self._close()
         self.log.close()
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """To be added to. Where its folder has gone since the start it is made again; a log that cannot be is lost, not the
+    run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab", buffering=0)
+    except OSError as error:
+        say(f"cannot write {path}: {error.strerror}; its lines are lost")
+        return open(os.devnull, "ab", buffering=0)
 
 
 def _chatter(environment: Mapping[str, str]) -> list[re.Pattern]:

@@ -74,9 +74,12 @@ def parse(line: bytes) -> dict[str, Any]:
 
 
 def known(message: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Raises `Malformed` unless the message has one of these names, and no other."""
+    """Raises `Malformed` unless the message has one of these names, and no other. What has no fields is `true`."""
     if not message or not message.keys() <= set(names):
         raise Malformed(f"expected {' or '.join(names)}, found {', '.join(map(repr, message))[:80] or 'nothing'}")
+    for name in message.keys() & {"alive", "stop"}:
+        if message[name] is not True:
+            raise Malformed(f"{name}: {_shown(message[name])}")
 
 
 def check(message: Any, fields: Fields, what: str) -> dict[str, Any]:

@@ -261,13 +261,13 @@ class Supervisor:
             seen.hear(status, now_s)
             if status["exit_code"] is not None and seen.exit_code is None:
                 seen.exit_code, seen.exited_s = status["exit_code"], now_s
-        if message.get("stop") is True:
+        if "stop" in message:
             self._stop(tell=True)
 
     def _hear_leader(self, _: Task, message: dict[str, Any], now_s: float) -> None:
         protocol.known(message, protocol.TO_MEMBER)
         self.leader_heard_s = now_s
-        if message.get("stop") is True:
+        if "stop" in message:
             self._stop(tell=False)
         if "end" in message:
             end = protocol.check(message["end"], protocol.END_OF_ALL, "end")
