@@ -171,7 +171,7 @@ def test_logs_that_cannot_be_written_are_one_line_and_a_folder_that_is_removed_s
     done = finish(start(["-m", "tfdist.cli", "launch", "--workers=1", f"--log-dir={tmp_path}/file/logs", "--", "true"]), 20)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--log_dir: cannot write to" in done.stderr
     program = f"import os, shutil, sys; d = {str(tmp_path / 'logs')!r}; shutil.rmtree(d); open(d, 'w'); sys.exit(1)"
-    command = ["launch", "--workers=1", "--max-restarts=1", f"--log-dir={tmp_path}/logs", "--", sys.executable, "-c", program]
+    command = ["launch", "--workers=1", "--max-restarts=1", f"--log-dir={tmp_path}/logs", "--", "python", "-c", program]
     done = finish(start(["-m", "tfdist.cli", *command]), 20)
     assert done.returncode == 1 and "its lines are lost" in done.stderr, done.stderr
     assert "no restart: 1 of 1 restarts are used" in done.stderr
