@@ -23,7 +23,7 @@ from tfdist.launch.assign import Group
 from tfdist.launch.watchdog import Limits, Seen, judge
 
 ACTOR = str(Path(__file__).parent / "actor.py")
-_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 QUICK = ("--heartbeat_timeout_s=2", "--step_timeout_s=2", "--start_timeout_s=5")
 
 
@@ -262,7 +262,7 @@ def test_budget():
 # ---- death ----
 
 
-@pytest.mark.parametrize("task", [_slow("worker0"), "worker1"])
+@pytest.mark.parametrize("task", [slow("worker0"), "worker1"])
 @pytest.mark.timed
 def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
     process = launch(tmp_path, "--workers=3")
@@ -276,7 +276,7 @@ def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
     assert done.returncode == 137 and f"worker {task[-1]} was killed by signal 9 (SIGKILL)" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("task", ["worker-0", _slow("worker-1")])
+@pytest.mark.parametrize("task", ["worker-0", slow("worker-1")])
 def test_a_dead_supervisor_ends_the_group(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
@@ -332,7 +332,7 @@ def test_a_frozen_program_without_heartbeats_is_found(tmp_path):
     assert done.returncode == 142 and "worker 1 is frozen: its process is stopped" in done.stderr
 
 
-@pytest.mark.parametrize("task", [_slow("worker-0"), "worker-1"])
+@pytest.mark.parametrize("task", [slow("worker-0"), "worker-1"])
 def test_a_frozen_supervisor_is_found(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 from processes import addresses, finish, fork, start
-from test_launch import ACTOR, QUICK, log, wait_until
+from test_launch import ACTOR, QUICK, slow, log, wait_until
 
 from tfdist.metrics.writers import read_rows
 
 HERE = Path(__file__).parent
-KINDS = ("full disk", "closed pipe", "gone terminal", "unread pipe")
 PRINTS_MUCH = "print(*range(100_000), sep='\\n', flush=True)"
 
 
@@ -43,7 +42,7 @@ def unwritable(kind: str):
             os.close(fd)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full disk", "unread pipe", slow("closed pipe"), slow("gone terminal")])
 def test_a_launcher_restarts_passes_signals_on_and_keeps_the_code(tmp_path, kind):
     command = ["-m", "tfdist.cli", "launch", "--workers=2", "--max-restarts=1", *QUICK, f"--log-dir={tmp_path}/logs"]
     number = {"closed pipe": signal.SIGINT, "gone terminal": signal.SIGHUP}.get(kind, signal.SIGTERM)
@@ -58,7 +57,7 @@ def test_a_launcher_restarts_passes_signals_on_and_keeps_the_code(tmp_path, kind
     assert all("saved" in log(tmp_path, f"worker-{i}") for i in range(2))
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("kind", ["closed pipe", slow("full disk"), slow("gone terminal")])
 def test_the_code_of_a_failure_is_its_own(tmp_path, kind):
     """Of a launcher and of a supervisor: a script that puts jobs back into a queue goes by it."""
     kill = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
@@ -91,7 +90,7 @@ def train(text_files):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["full disk", pytest.param("gone terminal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["full disk", slow("gone terminal")])
 def test_a_run_alone_goes_on_to_its_end(train, tmp_path, kind):
     with unwritable(kind) as output:
         done = finish(fork([*train, f"--workdir={tmp_path}", "--config.train.num_steps=5"], {}, output), 120)
@@ -100,6 +99,7 @@ def test_a_run_alone_goes_on_to_its_end(train, tmp_path, kind):
     assert (tmp_path / "report.png").exists() and list((tmp_path / "samples").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_alone_is_told_to_stop_and_saves(train, tmp_path):
     with unwritable("closed pipe") as output:
         process = fork([*train, f"--workdir={tmp_path}", "--config.train.num_steps=1000000"], {}, output)
