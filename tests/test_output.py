@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from processes import addresses, finish, fork, start
-from test_launch import ACTOR, QUICK, slow, log, wait_until
+from test_launch import ACTOR, QUICK, log, slow, wait_until
 
 from tfdist.metrics.writers import read_rows
 
