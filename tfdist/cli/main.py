@@ -39,12 +39,14 @@ it can be given as --config.train.num_steps=500. `tfdist COMMAND --help` lists a
 _RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
 _CONFIG_HELP = f"a Python file with get_config(), or a name ({', '.join(configs.names())})"
 _CONFIG_COMMANDS = ("train", "verify", "audit")  # of a config file
+_WORKS = (["train"], ["launch"], ["supervise"], ["data", "build"])  # what they print is not what they are for
 _COMMANDS = (*_RUN_COMMANDS, "data", "launch", "supervise", "doctor")
 
 
 def main() -> None:
-    output.never_fail()
     arguments = sys.argv[1:]
+    if arguments[:1] in _WORKS or arguments[:2] in _WORKS:
+        output.never_fail()
     if not arguments or arguments[0] in ("help", "-h", "-help", "--help", "--helpfull"):
         print(USAGE)
         sys.exit(errors.DONE if arguments else errors.USAGE)
