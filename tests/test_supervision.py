@@ -392,6 +392,18 @@ def test_no_signal_goes_to_a_number_that_was_reaped(tmp_path, fault):
     assert not (tmp_path / "stray").exists(), (tmp_path / "stray").read_text()
 
 
+@pytest.mark.slow
+def test_what_programs_leave_behind_is_reaped_when_it_ends(tmp_path):
+    """It becomes the launcher's own child, so that it can be told from a stranger with its number."""
+    command = ["launch", "--workers=1", f"--log-dir={tmp_path}", "--", "sh", "-c", "(sleep 1.5 &); echo started; sleep 600"]
+    process = start(["-m", "tfdist.cli", *command])
+    own = lambda: [pid for pid in group_of(process) if parent_of(pid) == process.pid]  # noqa: E731
+    orphan = max(wait_until(lambda: len(found := own()) == 2 and found))  # the other one is the supervisor
+    wait_until(lambda: not Path(f"/proc/{orphan}").exists(), 10)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 10).returncode == 143
+
+
 # ---- parameter servers ----
 
 
