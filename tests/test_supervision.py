@@ -395,7 +395,7 @@ def test_no_signal_goes_to_a_number_that_was_reaped(tmp_path, fault):
 @pytest.mark.slow
 def test_what_programs_leave_behind_is_reaped_when_it_ends(tmp_path):
     """It becomes the launcher's own child, so that it can be told from a stranger with its number."""
-    command = ["launch", "--workers=1", f"--log-dir={tmp_path}", "--", "sh", "-c", "(sleep 1.5 &); echo started; sleep 600"]
+    command = ["launch", "--workers=1", f"--log-dir={tmp_path}", "--", "sh", "-c", "(sleep 3 &); sleep 600"]
     process = start(["-m", "tfdist.cli", *command])
     own = lambda: [pid for pid in group_of(process) if parent_of(pid) == process.pid]  # noqa: E731
     orphan = max(wait_until(lambda: len(found := own()) == 2 and found))  # the other one is the supervisor
