@@ -34,7 +34,7 @@ def main(*behaviours: str) -> None:
     print(f"{me} pid {os.getpid()} {mine}", flush=True)
     if mine == "orphan":  # a grandchild that would stay
         print("grandchild", subprocess.Popen(["sleep", "600"]).pid, flush=True)
-    steps = 10**9 if mine == "forever" else STEPS
+    steps = {"forever": 10**9, "longer": STEPS + 150}.get(mine, STEPS)
     while step < steps and not told.is_set():
         time.sleep(STEP_S)
         step += 1

@@ -21,7 +21,10 @@ from processes import kill_what_is_left, session_folder
 STRATEGIES = ("mirrored:2", "multi_worker:2x1", "multi_worker:3x1", "mirrored:4", "multi_worker:2x2")
 IN_ONE_PROCESS = 4  # cells
 # modules whose tests mostly wait, for timeouts and for processes that start: they run beside those that compute
-WAITING = ("test_launch", "test_preflight", "test_cluster_training", "test_parameter_server", "test_service", "test_doctor")
+WAITING = (
+    "test_launch", "test_output", "test_supervision", "test_preflight", "test_cluster_training", "test_parameter_server",
+    "test_service", "test_doctor",
+)  # fmt: skip
 # fixtures that train: whoever uses one runs in one worker of pytest
 DEAR = ("finished", "undisturbed")
 

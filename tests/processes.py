@@ -30,10 +30,13 @@ _started: list["subprocess.Popen | Forked"] = []
 _reserved: list[socket.socket] = []
 
 
-def start(arguments: Sequence[str], env: dict[str, str] | None = None) -> subprocess.Popen:
+def start(
+    arguments: Sequence[str], env: dict[str, str] | None = None, output: int = subprocess.PIPE
+) -> subprocess.Popen:  # fmt: skip
+    """`output`: a file descriptor for stdout and stderr, instead of pipes that are read."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True,
         start_new_session=True, env={**os.environ, **(env or {})},
     )  # fmt: skip
     _started.append(process)
@@ -86,12 +89,13 @@ def tfdist(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Com
 class Forked:
     """A child of the zygote, as if it were a `Popen`. It goes when this end is closed."""
 
-    def __init__(self, arguments: Sequence[str], env: dict[str, str]):
+    def __init__(self, arguments: Sequence[str], env: dict[str, str], output: int | None):
         self.args, self.returncode = list(arguments), None
         self._out, self._err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
         request = {"arguments": self.args, "env": env, "cwd": os.getcwd()}
         self._socket = _zygote()
-        socket.send_fds(self._socket, [json.dumps(request).encode()], [self._out.fileno(), self._err.fileno()])
+        socket.send_fds(self._socket, [json.dumps(request).encode()],
+                        [self._out.fileno(), self._err.fileno()] if output is None else [output, output])  # fmt: skip
         self.pid = int(self._socket.recv(64))
 
     def poll(self) -> int | None:
@@ -116,12 +120,12 @@ class Forked:
         return texts[0], texts[1]
 
 
-def fork(arguments: Sequence[str], env: dict[str, str] | None = None) -> Forked:
+def fork(arguments: Sequence[str], env: dict[str, str] | None = None, output: int | None = None) -> Forked:
     """As `start`; `arguments` are those of Python: a script, -m or -c first."""
     env = env or {}
     late = [name for name in env if name.startswith(AT_IMPORT) and os.environ.get(name) != env[name]]
     assert not late, f"{late}: read when TensorFlow is imported; use processes.start"
-    process = Forked(arguments, {**os.environ, **env})
+    process = Forked(arguments, {**os.environ, **env}, output)
     _started.append(process)
     return process
 

@@ -23,7 +23,7 @@ from tfdist.launch.assign import Group
 from tfdist.launch.watchdog import Limits, Seen, judge
 
 ACTOR = str(Path(__file__).parent / "actor.py")
-_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 QUICK = ("--heartbeat_timeout_s=2", "--step_timeout_s=2", "--start_timeout_s=5")
 
 
@@ -166,6 +166,17 @@ def test_without_a_workdir_the_logs_are_in_a_temporary_folder_that_the_first_lin
     )
 
 
+def test_logs_that_cannot_be_written_are_one_line_and_a_folder_that_is_removed_stops_no_restart(tmp_path):
+    (tmp_path / "file").touch()
+    done = finish(start(["-m", "tfdist.cli", "launch", "--workers=1", f"--log-dir={tmp_path}/file/logs", "--", "true"]), 20)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--log_dir: cannot write to" in done.stderr
+    program = f"import os, shutil, sys; d = {str(tmp_path / 'logs')!r}; shutil.rmtree(d); open(d, 'w'); sys.exit(1)"
+    command = ["launch", "--workers=1", "--max-restarts=1", f"--log-dir={tmp_path}/logs", "--", "python", "-c", program]
+    done = finish(start(["-m", "tfdist.cli", *command]), 20)
+    assert done.returncode == 1 and "its lines are lost" in done.stderr, done.stderr
+    assert "no restart: 1 of 1 restarts are used" in done.stderr
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_folder_that_every_worker_makes_is_explained(tmp_path, workers):
     (tmp_path / "out").mkdir(exist_ok=True)  # made by whoever was first
@@ -251,7 +262,7 @@ def test_budget():
 # ---- death ----
 
 
-@pytest.mark.parametrize("task", [_slow("worker0"), "worker1"])
+@pytest.mark.parametrize("task", [slow("worker0"), "worker1"])
 @pytest.mark.timed
 def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
     process = launch(tmp_path, "--workers=3")
@@ -265,7 +276,7 @@ def test_a_dead_worker_ends_the_group_in_two_seconds(tmp_path, task):
     assert done.returncode == 137 and f"worker {task[-1]} was killed by signal 9 (SIGKILL)" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("task", ["worker-0", _slow("worker-1")])
+@pytest.mark.parametrize("task", ["worker-0", slow("worker-1")])
 def test_a_dead_supervisor_ends_the_group(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
@@ -321,7 +332,7 @@ def test_a_frozen_program_without_heartbeats_is_found(tmp_path):
     assert done.returncode == 142 and "worker 1 is frozen: its process is stopped" in done.stderr
 
 
-@pytest.mark.parametrize("task", [_slow("worker-0"), "worker-1"])
+@pytest.mark.parametrize("task", [slow("worker-0"), "worker-1"])
 def test_a_frozen_supervisor_is_found(tmp_path, task):
     process = launch(tmp_path, "--workers=2")
     (program,) = pids(tmp_path, task)
@@ -329,7 +340,7 @@ def test_a_frozen_supervisor_is_found(tmp_path, task):
     supervisor = parent_of(program)
     os.kill(supervisor, signal.SIGSTOP)
     done = finish(process, 15)
-    assert done.returncode == 140 and f"{task.replace('-', ' ')} is silent for" in done.stderr
+    assert done.returncode == 140 and f"{task.replace('-', ' ')} is silent: network or machine" in done.stderr
     assert_all_gone(members, 1.0)
 
 
@@ -392,7 +403,14 @@ def chief_and_server(**values) -> list[Seen]:
         ([seen(0), seen(1, beat_s=96)], 142, "worker 1 is frozen: no heartbeat for 4.0 s (phase train, step 7)"),
         ([seen(0), seen(1, beat_s=96, exiting=True)], None, ""),  # whose threads have ended
         ([seen(0), seen(1, beat_s=30, exiting=True)], 142, "worker 1 is frozen at its exit: no heartbeat for 70.0 s"),
-        ([seen(0), seen(1, heard_s=96)], 140, "worker 1 is silent for 4.0 s"),
+        # who is not heard is silent, whatever its last beat was; who is heard, and does not beat, is frozen
+        ([seen(0), seen(1, heard_s=96, beat_s=95.5)], 140,
+         "worker 1 is silent: network or machine; nothing of its supervisor for 4.0 s (phase train, step 7)"),
+        ([seen(0), seen(1, heard_s=97.5, beat_s=96.5)], None, ""),
+        ([seen(0), seen(1, heard_s=98, beat_s=94)], 142, "worker 1 is frozen: no heartbeat for 4.0 s"),
+        ([seen(0), seen(1, heard_s=96, beat_s=None, suspended=True, moved_s=95)], 140, "worker 1 is silent"),
+        ([seen(0, exit_code=140, exited_s=99.5), seen(1, heard_s=97, beat_s=96.8)], 140, "worker 1 is silent: network or"),
+        ([seen(0, exit_code=140, exited_s=99.5), seen(1, heard_s=99.5, beat_s=96.8)], 142, "worker 1 is frozen"),
         ([seen(0), seen(1, beat_s=None, suspended=True, moved_s=96)], 142, "worker 1 is frozen"),
         ([seen(0, exit_code=0), seen(1, exit_code=0)], 0, "done"),
         ([seen(0, exit_code=143), seen(1, exit_code=0)], 143, "stopped"),

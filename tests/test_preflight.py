@@ -13,9 +13,10 @@ import time
 import pytest
 
 from tfdist.cluster import ports, preflight
-from tfdist.cluster.hello import versions
+from tfdist.cluster.hello import Hello, versions
 from tfdist.cluster.preflight import Disagreement, Meeting, ToldToStop
 from tfdist.cluster.spec import Cluster, Task
+from tfdist.cluster.wire import MAX_LINE_BYTES
 from tfdist.errors import PeerLost, UserError
 
 TIMEOUT_S = 1.2
@@ -316,7 +317,7 @@ def hello(**changed) -> bytes:
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x00\xff" * 1000 + b"\n",
         b"[" * 100_000 + b"\n",
-        b"x" * 1_000_000,
+        b"x" * 3_000_000,
         hello(task={"type": "worker", "index": float("inf")}),
         hello(task=["worker", 1]),
         hello(token="\ud800"),
@@ -339,6 +340,27 @@ def test_noise_on_the_port_is_ignored(addresses, noise):
 
     results, _ = together(one(clusters[0], timeout_s=5), noisy(), one(clusters[1], delay_s=0.8, timeout_s=5))
     assert isinstance(results[0], dict) and isinstance(results[2], dict), results
+
+
+@pytest.mark.parametrize("noise", [b"garbage\n", b"[1]\n", b"x" * (MAX_LINE_BYTES + 2)])
+def test_what_does_not_parse_after_a_good_hello_ends_the_connection(addresses, noise, caplog):
+    """The task itself is met again."""
+    clusters = tasks(*addresses[:2])
+    good = json.dumps(Hello.of(clusters[1], "t", {}).to_json()).encode() + b"\n"
+
+    async def noisy() -> bytes:
+        await asyncio.sleep(0.3)
+        reader, writer = await asyncio.open_connection("localhost", int(addresses[0].rpartition(":")[2]))
+        with contextlib.suppress(OSError):
+            writer.write(good + noise)
+            await writer.drain()
+            answer = await reader.readline()
+            assert await asyncio.wait_for(reader.read(), 2) == b"", "the connection has ended"
+            return answer
+
+    results, _ = together(one(clusters[0], timeout_s=8), noisy(), one(clusters[1], delay_s=1.0, timeout_s=8))
+    assert isinstance(results[0], dict) and isinstance(results[2], dict), results
+    assert "worker 1 sent a line " in caplog.text
 
 
 @pytest.mark.timed

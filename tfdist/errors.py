@@ -18,8 +18,8 @@ def one_line(text: object, at_most: int = _MOST_CHARACTERS) -> str:
 
 
 def printable(text: str) -> str:
-    """The text for a terminal, with every control character but line ends and tabs spelt out: what comes from data, files and
-    other processes must not move a cursor, or rename a window."""
+    """The text for a terminal, with control characters spelt out, but line ends and tabs: what comes from files and other
+    processes must not move a cursor, or rename a window."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 

@@ -17,6 +17,7 @@ from tfdist.cli.usage import OneLine, fail, near
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, supervisor_fd
 from tfdist.cluster.spec import check_strategy
+from tfdist.launch import output
 from tfdist.verification.subject import DTYPES, NUM_STEPS, STRATEGIES
 
 USAGE = """tfdist: distributed training for TensorFlow and Keras 3, the same answer on one device and on many
@@ -40,11 +41,14 @@ _MOST_CONFIG_BYTES = 1 << 20
 _RUN_COMMANDS = ("train", "eval", "generate", "export", "verify")  # on a config or a workdir
 _CONFIG_HELP = f"a Python file with get_config(), or a name ({', '.join(configs.names())})"
 _CONFIG_COMMANDS = ("train", "verify", "audit")  # of a config file
+_WORKS = (["train"], ["launch"], ["supervise"], ["data", "build"])  # what they print is not what they are for
 _COMMANDS = (*_RUN_COMMANDS, "data", "launch", "supervise", "doctor")
 
 
 def main() -> None:
     arguments = sys.argv[1:]
+    if arguments[:1] in _WORKS or arguments[:2] in _WORKS:
+        output.never_fail()
     if not arguments or arguments[0] in ("help", "-h", "-help", "--help", "--helpfull"):
         print(USAGE)
         sys.exit(errors.DONE if arguments else errors.USAGE)

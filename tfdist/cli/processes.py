@@ -33,7 +33,7 @@ them and is reported as the cause.""",
     "supervise": """tfdist supervise [flags] -- python x.py
 
 One task of a cluster (TF_CONFIG, Slurm, Kubernetes): meets the others, runs the program, and ends it when it hangs or
-another task is lost. `tfdist train` does this by itself.""",
+another task is lost. `tfdist train` does this by itself. It outlives what started it, unless --with-parent is given.""",
     "doctor": """tfdist doctor [--json] [--workdir=FOLDER]
 
 What this machine, cluster and installation can do. In every task of a cluster: how fast they reduce.""",
@@ -93,6 +93,9 @@ def _define(command: str) -> flags.FlagValues:
         for name, what in (("start", "to come to the start"), ("step", "without a step"), ("heartbeat", "without a sign")):
             flags.DEFINE_float(f"{name}_timeout_s", getattr(waiting, f"{name}_timeout_s"), f"seconds {what}; overrides "
                                "that of the config of train", lower_bound=1.0, flag_values=given)  # fmt: skip
+    if command == "supervise":
+        flags.DEFINE_bool("with_parent", False, "end the program as soon as the process that started this one is gone",
+                          flag_values=given)  # fmt: skip
     if command == "doctor":
         flags.DEFINE_bool("json", False, "one JSON object instead of a table", flag_values=given)
         flags.DEFINE_string("workdir", ".", "the folder whose disk is measured", flag_values=given)
@@ -184,12 +187,15 @@ def _supervise(given: flags.FlagValues, program: list[str]) -> int:
         fail("expected a program after --, found none; for example tfdist supervise -- python x.py")
     limits = Limits(**{name: given[name].value for name in Limits.__dataclass_fields__})
     command = [*_PROGRAM, *program] if program[0] in _OWN_COMMANDS else program
-    return _run(resolve(), command, versions(), limits, must_beat=False)
+    parent_pid = os.getppid() if given.with_parent else 0
+    return _run(resolve(), command, versions(), limits, must_beat=False, parent_pid=parent_pid)
 
 
-def _run(cluster: Cluster, command: list[str], facts: dict, limits: Limits, must_beat: bool) -> int:
-    job = supervisor.Job(cluster, job_token(cluster), command, facts, limits, must_beat, **supervisor.from_launcher())
-    return supervisor.run(job)
+def _run(
+    cluster: Cluster, command: list[str], facts: dict, limits: Limits, must_beat: bool, parent_pid: int = 0
+) -> int:  # fmt: skip
+    own = supervisor.from_launcher() | {"parent_pid": parent_pid}
+    return supervisor.run(supervisor.Job(cluster, job_token(cluster), command, facts, limits, must_beat, **own))
 
 
 # ---- doctor ----

@@ -19,6 +19,7 @@ from tfdist.cluster.spec import Task
 from tfdist.errors import PEER_LOST
 
 BEAT_S = 0.5
+_LONGEST_LINE = 80
 
 Progress = Callable[[], tuple[int, int]]  # (batches fetched, steps done)
 
@@ -107,6 +108,7 @@ class SupervisorLink:
             self._socket.send(json.dumps(beat).encode() + b"\n", socket.MSG_DONTWAIT)
 
     def _obey(self) -> None:
+        rest = b""
         while True:
             try:
                 received = self._socket.recv(4096)
@@ -114,16 +116,30 @@ class SupervisorLink:
                 received = b""
             if not received:
                 if not self._closed.is_set():
-                    os.write(2, b"tfdist: the supervisor of this process is gone\n")
-                    os._exit(PEER_LOST)
+                    _end("the supervisor of this process is gone")
                 return
-            for line in filter(None, received.split(b"\n")):
-                word, *rest = line.split()
-                if word == b"stop":
-                    os.kill(os.getpid(), signal.SIGTERM)
-                elif word == b"lost":
-                    self._lost.append(Task(rest[0].decode(), int(rest[1])))
-                    self._on_lost(self._lost[-1])
+            *lines, rest = (rest + received).split(b"\n")
+            for line in lines:
+                self._do(line)
+            if len(rest) > _LONGEST_LINE:
+                self._do(rest)
+
+    def _do(self, line: bytes) -> None:
+        match line.split():
+            case [b"stop"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            case [b"lost", b"worker", index] if index.isdigit():
+                self._lost.append(Task("worker", int(index)))
+                self._on_lost(self._lost[-1])
+            case _:
+                _end(f"the supervisor of this process sent {line[:40]!r}, expected stop or lost")
+
+
+def _end(reason: str) -> None:
+    """Nobody watches over this process any more: it ends."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"tfdist: {reason}\n".encode())
+    os._exit(PEER_LOST)
 
 
 @functools.cache

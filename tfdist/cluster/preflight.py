@@ -171,8 +171,12 @@ class Meeting:
             self.server.close()
             self.server = None
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection, peer = Connection(reader, writer), None
+    def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A task of its own: of a coroutine that the loop's end cancels, asyncio would write a traceback."""
+        self.tasks.append(asyncio.ensure_future(self._introduce(Connection(reader, writer))))
+
+    async def _introduce(self, connection: Connection) -> None:
+        peer = None
         try:
             hello = Hello.parse(await asyncio.wait_for(connection.receive(), _HELLO_S))
             peer = self._introduced(hello)
@@ -288,6 +292,8 @@ class Meeting:
             if message.get("go") is True and task == self.cluster.leader:
                 self.go = True
             self.changed.set()
+        if connection.problem and not self.go:
+            logging.warning("%s sent %s; its connection is closed", task, connection.problem)
         connection.inbox.put_nowait(None)
 
     def _hear(self, task: Task, error: str, kind: Any) -> None:

@@ -9,14 +9,14 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-MAX_LINE_BYTES = 1 << 18
+MAX_LINE_BYTES = 1 << 21  # the hello of 4,096 pods with the longest names has 1.1 MB
 
 
 class Connection:
-    """Both ends of one connection. A line that is too long or no JSON object ends it."""
+    """Both ends of one connection. A line that is too long or no JSON object ends it, and is its `problem`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.reader, self.writer = reader, writer
+        self.reader, self.writer, self.problem = reader, writer, ""
         self.heard_s = time.monotonic()  # when the last message came
         self.inbox: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()  # what came after the preflight; None: the end
 
@@ -30,11 +30,28 @@ class Connection:
         """The next message; None at the end."""
         try:
             line = await self.reader.readline()
-            message = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError, RecursionError):
+        except OSError:
+            return None
+        except ValueError:
+            self.refuse(f"a line of more than {MAX_LINE_BYTES:,} bytes")
+            return None
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            self.refuse(f"a line that is no JSON object: {line[:40]!r}")
             return None
         self.heard_s = time.monotonic()
-        return message if isinstance(message, dict) else None
+        return message
+
+    def refuse(self, problem: str) -> None:
+        """Ends it, because of what the other end has sent."""
+        self.problem = problem
+        with contextlib.suppress(OSError, RuntimeError):
+            self.writer.close()
 
     async def messages(self) -> AsyncIterator[dict[str, Any]]:
         while (message := await self.receive()) is not None:

@@ -37,8 +37,8 @@ _ELEMENTWISE = {
     "Abs", "Acos", "Asin", "Atan", "Atan2", "Ceil", "ClipByValue", "Cos", "Cosh", "Digamma", "Elu", "Equal", "Erf", "Erfc",
     "Exp", "Expm1", "Floor", "FloorDiv", "FloorMod", "Greater", "GreaterEqual", "IsFinite", "IsInf", "IsNan", "LeakyRelu",
     "Less", "LessEqual", "Lgamma", "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "NotEqual",
-    "OnesLike", "Pow", "Reciprocal", "Relu", "Relu6", "Round", "Rsqrt", "Select", "SelectV2", "Selu", "Sigmoid", "Sign", "Sin",
-    "Sinh", "Softplus", "Softsign", "Sqrt", "Square", "SquaredDifference", "Tan", "Tanh", "Xdivy", "Xlog1py", "Xlogy",
+    "OnesLike", "Pow", "Reciprocal", "Relu", "Relu6", "Round", "Rsqrt", "Select", "SelectV2", "Selu", "Sigmoid", "Sign",
+    "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Square", "SquaredDifference", "Tan", "Tanh", "Xdivy", "Xlog1py", "Xlogy",
     "ZerosLike",
 }  # fmt: skip
 _REDUCTIONS = {"Sum", "Mean", "Max", "Min", "Prod", "All", "Any", "EuclideanNorm", "ArgMax", "ArgMin", "Cumsum", "Cumprod"}

@@ -7,6 +7,7 @@ import re
 import secrets
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from pathlib import Path
 from tfdist.cluster import ports
 from tfdist.cluster.resolve import DATA_SERVICE
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.errors import DONE, PEER_LOST, STOPPED
-from tfdist.launch import restarts
+from tfdist.errors import DONE, PEER_LOST, STOPPED, UserError
+from tfdist.launch import process, restarts
 from tfdist.launch.assign import Group, clusters, gpus_of_workers
 from tfdist.launch.data_service import DataService
 from tfdist.launch.member import Member
+from tfdist.launch.output import detached, say
 from tfdist.launch.supervisor import MAX_RESTARTS, handle_signals
 
 _LAST_EVALUATION_S = 600.0  # an evaluator may go on for so long after the end of training
@@ -27,12 +29,16 @@ _SAME_FOLDER = "; every process runs this program in the same folder: use os.mak
 # The name of an exception. Python writes a traceback piece by piece, and what TensorFlow writes meanwhile goes between:
 # source lines and carets may stand without their indentation, and lines of a log in their middle.
 _ERROR = re.compile(r"((?!\d)[\w<>]+(\.[\w<>]+)+|(?=\w*[a-z])[A-Z]\w*)(:|$)")
+_REAP_EVERY_S = 1.0
 _END_GRACE_S = 4.0  # from the first supervisor's end to the last one's, then they are killed
 
 
 def run(group: Group) -> int:
     """Runs the group to its end, restarts included. Returns the exit code."""
-    return asyncio.run(Launcher(group).run())
+    process.keep_children()
+    process.adopt_orphans()
+    with detached():
+        return asyncio.run(Launcher(group).run())
 
 
 class Launcher:
@@ -46,11 +52,17 @@ class Launcher:
         self.data_service: DataService | None = None
         self.stopping = False
         self._failure_of_data_service: Failure | None = None
+        self.said_lost: list[Member] = []
+        self.reaped_s = 0.0
         self.budget = restarts.Budget(group.max_restarts)
 
     async def run(self) -> int:
         handle_signals(asyncio.get_running_loop(), self._on_signal)
-        self.group.log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.group.log_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.group.log_dir).close()
+        except OSError as error:
+            raise UserError(f"--log_dir: cannot write to {self.group.log_dir}: {error.strerror}") from error
         try:
             while True:
                 failure = await self._run_once()
@@ -64,9 +76,9 @@ class Launcher:
                 failure.show(final=wait_s is None)
                 if wait_s is None:
                     if self.group.max_restarts:
-                        _say(f"no restart: {self.budget.why_not(failure.exit_code)}")
+                        say(f"no restart: {self.budget.why_not(failure.exit_code)}")
                     return failure.exit_code
-                _say(f"restart {self.budget.used} of {self.budget.max_restarts} of the whole group in {wait_s:g} s")
+                say(f"restart {self.budget.used} of {self.budget.max_restarts} of the whole group in {wait_s:g} s")
                 await self._sleep(wait_s)
                 if self.stopping:
                     return STOPPED
@@ -87,12 +99,10 @@ class Launcher:
             await asyncio.sleep(0.05)
 
     def _on_signal(self) -> None:
-        if not self.stopping:
-            _say(
-                "stopping: every process ends after the same step, saved where that was asked for (once more: stop at once)"
-            )
         for member in self.members:
             member.signal(signal.SIGTERM)  # a supervisor's second one kills
+        if not self.stopping:
+            say("stopping: every process ends after the same step, saved where that was asked for (once more: stop at once)")
         self.stopping = True
 
     async def _run_once(self) -> "Failure":
@@ -111,6 +121,7 @@ class Launcher:
             if member.task.type == "evaluator":
                 await self._end_evaluator(member, group)
         for member in self.members:
+            member.kill()  # what is left of those that have ended
             await member.finish_logs()
         return self._failure_of_data_service or _cause(self.members)
 
@@ -120,16 +131,39 @@ class Launcher:
         self._failure_of_data_service = None
         while any(member.poll() is None for member in members):
             await asyncio.sleep(0.02)
+            self._look_after_orphans()
+            self._tell_of_lost_workers(members)
             if self.data_service and not self._failure_of_data_service and (end := self.data_service.failure()):
                 self._failure_of_data_service = Failure(PEER_LOST, f"the data service is lost: {end}", 0, [], None)
                 for member in members:
                     member.kill()
-            failed = any(m.poll() not in (None, DONE, STOPPED) for m in members if not self._can_do_without(m, members))
+            ended = [m for m in members if not self._can_do_without(m, members)]
+            failed = any(m.problem or m.poll() not in (None, DONE, STOPPED) for m in ended)
             if failed:
                 give_up_s = min(give_up_s, time.monotonic() + _END_GRACE_S)
             if time.monotonic() > give_up_s:
                 for member in members:
                     member.kill()
+
+    def _tell_of_lost_workers(self, members: list[Member]) -> None:
+        """Its supervisor would have started it again; nobody starts a supervisor again: it cannot meet those that train."""
+        for member in members:
+            is_new = member.poll() is not None and not member.killed and member not in self.said_lost
+            if is_new and self._can_do_without(member, members):
+                message = member.verdict()["message"]
+                if member.end is None:
+                    self.said_lost.append(member)
+                    member.kill()  # what it has left behind
+                    say(f"{member.task} is lost for good: {message}; the others go on")
+
+    def _look_after_orphans(self) -> None:
+        if time.monotonic() - self.reaped_s > _REAP_EVERY_S:
+            self.reaped_s = time.monotonic()
+            for member in self.members:
+                member.hear()
+            services = self.data_service.processes.values() if self.data_service else ()
+            own = [pid for member in self.members for pid in (member.process.pid, member.child_pid)]
+            process.reap_orphans([*own, *(service.pid for service in services)])
 
     def _can_do_without(self, member: Member, members: list[Member]) -> bool:
         """Parameter servers go on while any worker is there."""
@@ -138,7 +172,7 @@ class Launcher:
 
     async def _end_evaluator(self, evaluator: Member, group: list[Member]) -> None:
         """It ends by itself after the last checkpoint; it is told to when the group did not get that far."""
-        patience_s = _LAST_EVALUATION_S if all(member.poll() == DONE for member in group) else 0.0
+        patience_s = _LAST_EVALUATION_S if all(m.verdict()["exit_code"] == DONE for m in _deciding(group)) else 0.0
         for end_it in (lambda: evaluator.signal(signal.SIGTERM), evaluator.kill):
             until_s = time.monotonic() + patience_s
             while evaluator.poll() is None and time.monotonic() < until_s:
@@ -179,11 +213,11 @@ class Failure:
         if self.last_lines and final:
             print(f"--- the last lines of {self.task} ---", *self.last_lines, "---", sep="\n", file=sys.stderr)
         if "exit code" not in self.message:
-            _say(f"{self.message} (exit code {self.exit_code})")
+            say(f"{self.message} (exit code {self.exit_code})")
         else:
             error = uncaught_error(self.last_lines)
             hint = _SAME_FOLDER if error.startswith("FileExistsError") and not self.alone else ""
-            _say(f"{self.message}: {error[:_LONGEST_ERROR]}{hint}" if error else self.message)
+            say(f"{self.message}: {error[:_LONGEST_ERROR]}{hint}" if error else self.message)
 
 
 def uncaught_error(lines: Sequence[str]) -> str:
@@ -204,13 +238,11 @@ def uncaught_error(lines: Sequence[str]) -> str:
 
 def _cause(members: list[Member]) -> Failure:
     """The first failure: what most supervisors were told, or the end of a supervisor itself; a lost peer comes last."""
-    everyone = [(m.ended_s, m.verdict(), m) for m in members]
-    ends = [end for end in everyone if end[2].task.type != "evaluator"]
-    chief = next((end for end in ends if end[2].task.type == "chief"), None)
-    if chief is not None and chief[1]["exit_code"] in (DONE, STOPPED):  # it got there, whoever was lost on the way
-        ends = [chief]
-    if all(end[1]["exit_code"] == DONE for end in ends):  # then a failure of the evaluator counts
-        ends = everyone
+    evaluators = [m for m in members if m.task.type == "evaluator"]
+    deciding = _deciding([m for m in members if m not in evaluators])
+    if all(m.verdict()["exit_code"] == DONE for m in deciding):  # then a failure of the evaluator counts
+        deciding = deciding + evaluators
+    ends = [(m.ended_s, m.verdict(), m) for m in deciding]
     failed = [end for end in ends if end[1]["exit_code"] not in (DONE, STOPPED)]
     if not failed:
         stopped = any(end[1]["exit_code"] == STOPPED for end in ends)
@@ -222,5 +254,7 @@ def _cause(members: list[Member]) -> Failure:
     return Failure(verdict["exit_code"], verdict["message"], verdict["step"], lines, blamed, len(members) == 1)
 
 
-def _say(text: str) -> None:
-    print(f"tfdist: {text}", file=sys.stderr, flush=True)
+def _deciding(group: list[Member]) -> list[Member]:
+    """Those by whose ends a group is judged: a chief that got there, whoever of the others was lost on the way; else all."""
+    chiefs = [m for m in group if m.task.type == "chief" and m.verdict()["exit_code"] in (DONE, STOPPED)]
+    return chiefs or group

@@ -6,7 +6,6 @@ stderr is shown of all.
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import signal
@@ -16,12 +15,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 from tfdist.cluster.spec import Cluster
+from tfdist.cluster.wire import MAX_LINE_BYTES
 from tfdist.errors import PEER_LOST
+from tfdist.launch import protocol
 from tfdist.launch.assign import Group
-from tfdist.launch.process import LAUNCHER_FD
+from tfdist.launch.output import say
+from tfdist.launch.process import LAUNCHER_FD, OwnProcess, kill_orphan
 from tfdist.launch.watchdog import describe_exit
 
 _LAST_LINES = 50
@@ -42,32 +45,48 @@ class Member:
         self.hidden = _chatter(environment)
         self.ours, theirs = socket.socketpair()
         self.ours.setblocking(False)
-        self.received, self.child_pid, self.end = b"", 0, None
+        self.received, self.child_pid, self.end, self.problem = b"", 0, None, ""
         self.killed = self.in_stacks = False
         self.ended_s = float("inf")
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self.log: IO[bytes] = open(group.log_dir / f"{self.task.type}-{self.task.index}.log", "ab", buffering=0)  # noqa: SIM115
-        self.process = subprocess.Popen(
-            group.command, env={**environment, LAUNCHER_FD: str(theirs.fileno())}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True,
+        self.log = open_log(group.log_dir / f"{self.task.type}-{self.task.index}.log")
+        self.process = OwnProcess(
+            group.command, env={**environment, LAUNCHER_FD: str(theirs.fileno())}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, pass_fds=[theirs.fileno()],
         )  # fmt: skip
         theirs.close()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self.ours, self._hear)
-        self.streams = [
-            asyncio.ensure_future(self._forward(self.process.stdout, sys.stdout if self.prints else None)),
-            asyncio.ensure_future(self._forward(self.process.stderr, sys.stderr)),
-        ]
+        asyncio.get_running_loop().add_reader(self.ours, self.hear)
+        shown = [sys.stdout if self.prints else None, sys.stderr]
+        pipes = [self.process.process.stdout, self.process.process.stderr]
+        self.streams = [asyncio.ensure_future(self._forward(*pair)) for pair in zip(pipes, shown, strict=True)]
 
-    def _hear(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            received = self.ours.recv(1 << 16)
-            if not received:
-                asyncio.get_running_loop().remove_reader(self.ours)
-            *lines, self.received = (self.received + received).split(b"\n")
-            for message in map(json.loads, lines):
-                self.child_pid = message.get("child", self.child_pid)
-                self.end = message.get("end", self.end)
+    def hear(self) -> None:
+        """Takes what the supervisor has reported by now. What is none of it ends the connection."""
+        try:
+            while self.ours.fileno() >= 0 and (received := self.ours.recv(1 << 16)):
+                *lines, self.received = (self.received + received).split(b"\n")
+                for line in lines:
+                    self._take(protocol.parse(line))
+                if len(self.received) > MAX_LINE_BYTES:
+                    raise protocol.Malformed("a line without an end")
+            self._close()
+        except (BlockingIOError, ConnectionResetError):
+            pass
+        except protocol.Malformed as error:
+            self.problem = str(error)
+            self._close()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        protocol.known(message, protocol.TO_LAUNCHER)
+        if protocol.CHILD in message:
+            self.child_pid = protocol.pid(message[protocol.CHILD])
+        if "end" in message:
+            self.end = protocol.check(message["end"], protocol.END, "end")
+
+    def _close(self) -> None:
+        if self.ours.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self.ours)
+            self.ours.close()
 
     async def _forward(self, pipe: IO[bytes], to: IO[str] | None) -> None:
         """Whole lines, with a prefix, to the launcher's own output (None: nowhere); all bytes to the log."""
@@ -88,9 +107,8 @@ class Member:
                 continue
             self.last_lines.append(text)
             if to is not None:
-                with contextlib.suppress(OSError):  # whoever read our output is gone; training is not
-                    print(f"[{self.task}] {text}", file=to, flush=True)
-        with contextlib.suppress(OSError):  # a full disk must not end the run either
+                print(f"[{self.task}] {text}", file=to, flush=True)
+        with contextlib.suppress(OSError):  # a full disk must not end the run
             self.log.write(b"".join(line + b"\n" for line in lines))
 
     def _is_of_stacks(self, text: str) -> bool:
@@ -103,11 +121,15 @@ class Member:
         code = self.process.poll()
         if code is not None and self.ended_s == float("inf"):
             self.ended_s = time.monotonic()
-        return code if code is None or code >= 0 else 128 - code
+        return code
 
     def verdict(self) -> dict[str, Any]:
         """What the supervisor reported, or what its own end says."""
         code = self.poll()
+        self.hear()
+        if self.problem:
+            message = f"the supervisor of {self.task} sent a malformed message: {self.problem}"
+            return {"exit_code": PEER_LOST, "message": message, "task": None, "step": 0}
         if self.end is not None:
             return self.end
         if self.killed or code is None:
@@ -116,27 +138,36 @@ class Member:
         return {"exit_code": code, "message": message, "task": [self.task.type, self.task.index], "step": 0}
 
     def signal(self, number: signal.Signals) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+        self.process.signal(number)
 
     def kill(self) -> None:
         """The supervisor, its child, and what they started."""
-        self.killed = self.killed or self.process.poll() is None
-        for group in (self.child_pid, self.process.pid):
-            if group:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal.SIGKILL)
+        self.killed = self.killed or self.poll() is None
+        self.process.kill()
+        self.hear()
+        if self.child_pid:  # without its supervisor it is the launcher's, or has been reaped
+            kill_orphan(self.child_pid)
+            self.child_pid = 0
 
     async def finish_logs(self) -> None:
         """What was written last; a stray grandchild that holds a pipe open is not waited for."""
         await asyncio.wait(self.streams, timeout=1.0)
         for stream in self.streams:
             stream.cancel()
-        with contextlib.suppress(ValueError):
-            asyncio.get_running_loop().remove_reader(self.ours)
-        self._hear()
+        self.hear()
+        self._close()
         self.log.close()
-        self.ours.close()
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """To be added to. Where its folder has gone since the start it is made again; a log that cannot be is lost, not the
+    run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab", buffering=0)
+    except OSError as error:
+        say(f"cannot write {path}: {error.strerror}; its lines are lost")
+        return open(os.devnull, "ab", buffering=0)
 
 
 def _chatter(environment: Mapping[str, str]) -> list[re.Pattern]:

@@ -7,11 +7,9 @@ leader judges (watchdog.py) and tells all how it ends. An end of file on any of 
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import stat
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,10 +18,12 @@ from tfdist.cluster.preflight import Meeting, ToldToStop
 from tfdist.cluster.resolve import number_of
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.cluster.wire import Connection
-from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG, Failure, UserError
-from tfdist.launch import restarts
+from tfdist.errors import DONE, INTERNAL, PEER_LOST, STOPPED, WATCHDOG, Failure, UserError
+from tfdist.launch import process, protocol, restarts
+from tfdist.launch.output import detached, say
 from tfdist.launch.process import LAUNCHER_FD, Child
-from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, is_frozen, is_lost, judge
+from tfdist.launch.starter import Starter
+from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, is_frozen, is_lost, judge, silent
 
 MAX_RESTARTS = "TFDIST_MAX_RESTARTS"
 _TICK_S = 0.1
@@ -47,11 +47,14 @@ class Job:
     must_beat: bool = False  # the command is a tfdist program, which beats from its start
     max_restarts: int = 0  # of a process that restarts alone
     launcher_fd: int | None = None  # a socket to the launcher; its end of file is the launcher's death
+    parent_pid: int = 0  # of a starter to end with; 0: to outlive it
 
 
 def run(job: Job) -> int:
     """Supervises the task to its end. Returns the exit code."""
-    return asyncio.run(Supervisor(job).run())
+    process.keep_children()
+    with detached():
+        return asyncio.run(Supervisor(job).run())
 
 
 def handle_signals(loop: asyncio.AbstractEventLoop, on_signal: Callable[[], None]) -> None:
@@ -89,6 +92,7 @@ class Supervisor:
         self.seen = {task: Seen(task, now_s, now_s) for task in watched}
         self.peers: dict[Task, Connection] = {}
         self.leader_heard_s = now_s
+        self.starter = Starter(job.launcher_fd, job.parent_pid)
         self.child: Child | None = None
         self.verdict: Verdict | None = None
         self.stopping = False
@@ -115,14 +119,12 @@ class Supervisor:
                 self._stop(tell=True)
 
         handle_signals(loop, on_signal)
-        launcher = asyncio.ensure_future(self._watch_launcher())
+        starter = asyncio.ensure_future(self._end_with_starter())
         try:
             if meeting is not None:
                 self.peers = await meeting.run(self.job.limits.start_timeout_s)
             now_s = time.monotonic()
-            for seen in self.seen.values():
-                seen.heard_s = seen.moved_s = now_s
-            self.leader_heard_s = now_s
+            self._renew(now_s)
             self._start_child()
             readers = [asyncio.ensure_future(self._listen(task, peer)) for task, peer in self.peers.items()]
             verdict = await self._watch()
@@ -133,15 +135,15 @@ class Supervisor:
                 reader.cancel()
             return verdict.exit_code
         except ToldToStop as error:
-            self._say(f"{error} before training began")
-            self._report(Verdict(STOPPED, "stopped", None))
+            say(f"{error} before training began")
+            self.starter.report(Verdict(STOPPED, "stopped", None))
             return STOPPED
         except Failure as error:
-            self._say(" ".join(str(error).split()))
-            self._report(Verdict(error.exit_code, str(error), None if error.exit_code == PEER_LOST else self.me))
+            say(" ".join(str(error).split()))
+            self.starter.report(Verdict(error.exit_code, str(error), None if error.exit_code == PEER_LOST else self.me))
             return error.exit_code
         finally:
-            launcher.cancel()
+            starter.cancel()
             if self.child is not None:
                 self.child.kill()
             if meeting is not None:
@@ -151,10 +153,13 @@ class Supervisor:
 
     async def _watch(self) -> Verdict:
         """Ticks until somebody knows how this ends."""
-        said_s = 0.0
+        said_s, last_s = 0.0, time.monotonic()
         while True:
             now_s = time.monotonic()
             mine = self.seen[self.me]
+            if now_s - last_s > self.job.limits.late_s:
+                self._wake_up(now_s - last_s, now_s)
+            last_s = now_s
             self._hear_child(mine, now_s)
             if self.kill_now:
                 self.child.kill()
@@ -165,12 +170,25 @@ class Supervisor:
                 self.verdict = judge(list(self.seen.values()), self.job.limits, now_s)
                 self._tell_of_lost_workers(now_s)
             elif not self.is_leader and now_s - self.leader_heard_s > self.job.limits.heartbeat_timeout_s:
-                leader, silent_s = self.job.cluster.leader, now_s - self.leader_heard_s
-                message = f"{leader} is silent for {silent_s:.1f} s: its supervisor is frozen or the network is cut"
+                leader = self.job.cluster.leader
+                message = silent(leader, now_s - self.leader_heard_s)
                 self.verdict = Verdict(PEER_LOST, message, leader, mine.step, stacks=True)
             if self.verdict is not None:
                 return self.verdict
             await asyncio.sleep(_TICK_S if mine.exit_code is None else _TICK_S / 4)
+
+    def _wake_up(self, seconds: float, now_s: float) -> None:
+        """This supervisor stood still, most likely with all others: the machine slept, the group was stopped. What it did
+        not hear meanwhile says nothing."""
+        if seconds > self.job.limits.heartbeat_timeout_s:
+            say(f"{self.me}: nothing ran here for {seconds:.1f} s; everybody has a new heartbeat")
+        self._renew(now_s)
+        self.child.renew(now_s)
+
+    def _renew(self, now_s: float) -> None:
+        for seen in self.seen.values():
+            seen.renew(now_s)
+        self.leader_heard_s = now_s
 
     def _tell_of_lost_workers(self, now_s: float) -> None:
         """The chief of parameter servers goes on without them, also where no error will ever tell it to."""
@@ -178,7 +196,7 @@ class Supervisor:
             gone = task.type == "worker" and self.job.cluster.ps and is_lost(seen, self.job.limits, now_s)
             if gone and task not in self.said_lost:
                 self.said_lost.add(task)
-                self._say(f"{task} is lost; the others go on")
+                say(f"{task} is lost; the others go on")
                 self.child.tell(f"lost {task.type} {task.index}")
 
     def _hear_child(self, mine: Seen, now_s: float) -> None:
@@ -192,8 +210,12 @@ class Supervisor:
             cut_short = True
             child.kill()
         code = child.poll()
-        if code is None and self.serves == "worker" and is_frozen(mine, self.job.limits, now_s):
-            self._say(f"{self.me} is frozen: no heartbeat for {now_s - mine.beat_s:.1f} s")
+        if child.problem and mine.exit_code is None:
+            say(f"the process of {self.me} sent its supervisor a malformed message: {child.problem}")
+            child.kill()
+            code = INTERNAL
+        if code is None and self.serves == "worker" and is_frozen(mine, self.job.limits):
+            say(f"{self.me} is frozen: no heartbeat for {mine.beat_age_s:.1f} s")
             child.kill()
             code = WATCHDOG
         if code is None or mine.exit_code is not None:
@@ -207,8 +229,8 @@ class Supervisor:
             wait_s = self.budget.next_start_in_s(code, describe_exit(code), mine.step)
             if wait_s is not None:
                 wait_s = 0.0 if self.serves and mine.phase == "serve" else wait_s  # a lost machine, not a bad start
-                self._say(f"{self.me} {describe_exit(code)}; it starts again in {wait_s:g} s "
-                          f"({self.budget.used} of {self.budget.max_restarts} restarts)")  # fmt: skip
+                say(f"{self.me} {describe_exit(code)}; it starts again in {wait_s:g} s "
+                    f"({self.budget.used} of {self.budget.max_restarts} restarts)")  # fmt: skip
                 child.kill()  # what it had started
                 self._start_child(wait_s)
                 mine.moved_s = now_s + wait_s
@@ -229,33 +251,42 @@ class Supervisor:
 
     async def _listen(self, task: Task, peer: Connection) -> None:
         """The leader hears statuses; the others hear the leader."""
-        while (message := await peer.inbox.get()) is not None:
-            now_s = time.monotonic()
-            if not self.is_leader:
-                self.leader_heard_s = now_s
-            if "status" in message and self.is_leader:
-                seen = self.seen[task]
-                with contextlib.suppress(TypeError, ValueError):
-                    seen.hear(message["status"], now_s)
-                    code = message["status"].get("exit_code")
-                    if code is not None and seen.exit_code is None:
-                        seen.exit_code, seen.exited_s = int(code), now_s
-            if message.get("stop") is True:
-                self._stop(tell=self.is_leader)
-            if "end" in message and not self.is_leader and self.verdict is None:
-                end = message["end"]
-                blamed = Task(*end["task"]) if end["task"] else None
-                self.verdict = Verdict(
-                    int(end["exit_code"]), str(end["message"]), blamed, int(end["step"]), bool(end["stacks"])
-                )
+        try:
+            while (message := await peer.inbox.get()) is not None:
+                (self._hear_member if self.is_leader else self._hear_leader)(task, message, time.monotonic())
+        except protocol.Malformed as error:
+            peer.refuse(str(error))
         seen = self.seen.get(task)
         if self.job.cluster.ps and task.type == "worker":
+            if peer.problem:
+                say(f"{task} sent a malformed message: {peer.problem}")
             if seen is not None and seen.exit_code is None:  # the leader goes on without it
                 seen.exit_code, seen.exited_s = PEER_LOST, time.monotonic()
             return
         if self.verdict is None and not (seen is not None and seen.exit_code is not None):
-            step = self.seen[self.me].step
-            self.verdict = Verdict(PEER_LOST, f"{task} is lost: its supervisor is gone", task, step)
+            why = f"malformed message: {peer.problem}" if peer.problem else "its supervisor is gone"
+            self.verdict = Verdict(PEER_LOST, f"{task} is lost: {why}", task, self.seen[self.me].step)
+
+    def _hear_member(self, task: Task, message: dict[str, Any], now_s: float) -> None:
+        protocol.known(message, protocol.TO_LEADER)
+        if "status" in message:
+            seen, status = self.seen[task], protocol.check(message["status"], protocol.STATUS, "status")
+            seen.hear(status, now_s)
+            if status["exit_code"] is not None and seen.exit_code is None:
+                seen.exit_code, seen.exited_s = status["exit_code"], now_s
+        if "stop" in message:
+            self._stop(tell=True)
+
+    def _hear_leader(self, _: Task, message: dict[str, Any], now_s: float) -> None:
+        protocol.known(message, protocol.TO_MEMBER)
+        self.leader_heard_s = now_s
+        if "stop" in message:
+            self._stop(tell=False)
+        if "end" in message:
+            end = protocol.check(message["end"], protocol.END_OF_ALL, "end")
+            blamed = Task(*end["task"]) if end["task"] else None
+            ended = Verdict(end["exit_code"], end["message"], blamed, end["step"], end["stacks"])
+            self.verdict = self.verdict or ended
 
     # ---- stopping and ending ----
 
@@ -279,38 +310,21 @@ class Supervisor:
             for peer in self.peers.values():
                 peer.send({"end": end})
         if verdict.exit_code not in (DONE, STOPPED):
-            self._say(f"{verdict.message}; the group is stopped")
+            say(f"{verdict.message}; the group is stopped")
         if verdict.stacks and self.child.poll() is None:
             await self.child.write_stacks()
         self.child.kill()
-        self._report(verdict)
+        self.starter.report(verdict)
 
-    def _say(self, text: str) -> None:
-        print(f"tfdist: {text}", file=sys.stderr, flush=True)
-
-    # ---- child and launcher ----
+    # ---- child and starter ----
 
     def _start_child(self, wait_s: float = 0.0) -> None:
         self.child = Child(self.job.command, wait_s)
-        self._tell_launcher({"child": self.child.pid})
+        self.starter.report_child(self.child.pid)
 
-    def _report(self, verdict: Verdict) -> None:
-        task = [verdict.task.type, verdict.task.index] if verdict.task else None
-        self._tell_launcher({"end": {"exit_code": verdict.exit_code, "message": verdict.message, "task": task,
-                                     "step": verdict.step}})  # fmt: skip
-
-    def _tell_launcher(self, message: dict[str, Any]) -> None:
-        if self.job.launcher_fd is not None:
-            with contextlib.suppress(OSError):
-                os.write(self.job.launcher_fd, json.dumps(message).encode() + b"\n")
-
-    async def _watch_launcher(self) -> None:
-        """When the launcher dies, even by SIGKILL, nothing of its group may stay."""
-        if self.job.launcher_fd is None:
-            return
-        gone = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().add_reader(self.job.launcher_fd, lambda: gone.done() or gone.set_result(None))
-        await gone  # it never writes: only an end of file wakes this
+    async def _end_with_starter(self) -> None:
+        """Nothing of a group may stay when its launcher dies."""
+        await self.starter.gone()
         if self.child is not None:
             self.child.kill()
         os._exit(PEER_LOST)

@@ -18,6 +18,11 @@ class Limits:
     step_timeout_s: float = 300.0
     heartbeat_timeout_s: float = 30.0
 
+    @property
+    def late_s(self) -> float:
+        """A supervisor that comes to look so much too late has itself stood still, and knows nothing of the others."""
+        return min(_LATE_S, self.heartbeat_timeout_s / 4)
+
     def of(self, seen: "Seen") -> float:
         """How long this task may stand still."""
         if seen.phase in ("wait", "serve"):  # an evaluator without a new checkpoint; a server
@@ -61,6 +66,16 @@ class Seen:
         if before != (self.phase, self.batches, self.steps, self.ticks):
             self.moved_s = now_s
 
+    def renew(self, now_s: float) -> None:
+        """Gives it a new heartbeat, and new time for its next step."""
+        self.heard_s = self.moved_s = now_s
+        self.beat_s = None if self.beat_s is None else now_s
+
+    @property
+    def beat_age_s(self) -> float:
+        """How old its last beat was when its supervisor was last heard: what came then nobody knows."""
+        return 0.0 if self.beat_s is None else self.heard_s - self.beat_s
+
     def at(self) -> str:
         return f"phase {self.phase}, step {self.step}"
 
@@ -83,7 +98,7 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
         if everyone[0].exit_code in (DONE, STOPPED):
             return Verdict(everyone[0].exit_code, "the chief is done", None, step)  # servers and their workers never end
         workers = [seen for seen in everyone if seen.task.type == "worker"]
-        without = [seen for seen in workers if is_frozen(seen, limits, now_s)]  # its own supervisor starts it again
+        without = [seen for seen in workers if is_frozen(seen, limits)]  # its own supervisor starts it again
         lost = [seen for seen in workers if is_lost(seen, limits, now_s)]
         without += lost if len(lost) < len(workers) else []  # the others go on
         first = min(lost, key=lambda seen: seen.exited_s, default=None)
@@ -100,10 +115,13 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
             return Verdict(first.exit_code, message, first.task, first.step)
         return None
     running = [seen for seen in everyone if seen.exit_code is None and not seen.exiting]
-    late = [seen for seen in running if seen.suspended or (seen.beat_s is not None and now_s - seen.beat_s > _LATE_S)]
-    late = [seen for seen in late if seen.phase != "connect"]
+    late = [seen for seen in running if seen.suspended or seen.beat_age_s > _LATE_S]
+    late = [seen for seen in late if seen.phase != "connect" and now_s - seen.heard_s <= _LATE_S]
     if failed and late:  # the others noticed before its heartbeat ran out
         return Verdict(WATCHDOG, f"{late[0].task} is frozen ({late[0].at()})", late[0].task, late[0].step, stacks=True)
+    quiet = [seen for seen in running if now_s - seen.heard_s > _LATE_S]
+    if failed and quiet:
+        return _is_silent(quiet[0], now_s, step)
     if failed and now_s - min(seen.exited_s for seen in failed) >= 2 * own_reason_first_s:
         first = min(failed, key=lambda seen: seen.exited_s)
         return Verdict(PEER_LOST, f"{first.task} lost a peer ({first.at()})", first.task, first.step)
@@ -111,7 +129,7 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
         if any(seen.exit_code == STOPPED for seen in everyone):
             return Verdict(STOPPED, "stopped", None, step)
         return Verdict(PEER_LOST, "every process lost a peer", None, step) if failed else Verdict(DONE, "done", None, step)
-    return _silent(everyone, limits, now_s, step) or _stuck(everyone, limits, now_s, step)
+    return _without_a_sign(everyone, limits, now_s, step) or _stuck(everyone, limits, now_s, step)
 
 
 def is_lost(seen: Seen, limits: Limits, now_s: float) -> bool:
@@ -119,11 +137,9 @@ def is_lost(seen: Seen, limits: Limits, now_s: float) -> bool:
     return seen.exit_code is not None or now_s - seen.heard_s > limits.heartbeat_timeout_s
 
 
-def is_frozen(seen: Seen, limits: Limits, now_s: float) -> bool:
-    """Whether a process has not beaten for too long, as its own supervisor sees it."""
-    if seen.exit_code is not None or seen.beat_s is None:
-        return False
-    return now_s - seen.beat_s > _beat_limit_s(seen, limits)
+def is_frozen(seen: Seen, limits: Limits) -> bool:
+    """Whether a process had not beaten for too long when its own supervisor was last heard."""
+    return seen.exit_code is None and seen.beat_age_s > _beat_limit_s(seen, limits)
 
 
 def _beat_limit_s(seen: Seen, limits: Limits) -> float:
@@ -134,21 +150,28 @@ def _beat_limit_s(seen: Seen, limits: Limits) -> float:
     return limits.start_timeout_s if seen.phase == "connect" else limits.heartbeat_timeout_s
 
 
-def _silent(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
+def _without_a_sign(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:
     for seen in everyone:
         if seen.exit_code is not None:
             continue
         if now_s - seen.heard_s > limits.heartbeat_timeout_s:
-            silent = f"{seen.task} is silent for {now_s - seen.heard_s:.1f} s ({seen.at()})"
-            message = f"{silent}: its supervisor is frozen or the network is cut"
-            return Verdict(PEER_LOST, message, seen.task, step, stacks=True)
-        if is_frozen(seen, limits, now_s):
+            return _is_silent(seen, now_s, step)
+        if is_frozen(seen, limits):
             where = " at its exit" if seen.exiting else ""
-            message = f"{seen.task} is frozen{where}: no heartbeat for {now_s - seen.beat_s:.1f} s ({seen.at()})"
+            message = f"{seen.task} is frozen{where}: no heartbeat for {seen.beat_age_s:.1f} s ({seen.at()})"
             return Verdict(WATCHDOG, message, seen.task, step, stacks=True)
-        if seen.beat_s is None and seen.suspended and now_s - seen.moved_s > limits.heartbeat_timeout_s:
+        if seen.beat_s is None and seen.suspended and seen.heard_s - seen.moved_s > limits.heartbeat_timeout_s:
             return Verdict(WATCHDOG, f"{seen.task} is frozen: its process is stopped", seen.task, step, stacks=True)
     return None
+
+
+def _is_silent(seen: Seen, now_s: float, step: int) -> Verdict:
+    return Verdict(PEER_LOST, f"{silent(seen.task, now_s - seen.heard_s)} ({seen.at()})", seen.task, step, stacks=True)
+
+
+def silent(task: Task, seconds: float) -> str:
+    """What is said of a machine whose supervisor is not heard: what its process does is not known."""
+    return f"{task} is silent: network or machine; nothing of its supervisor for {seconds:.1f} s"
 
 
 def _stuck(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from absl import logging
 from rich.console import Console
@@ -183,11 +183,31 @@ class TensorBoard:
                 self.writer.close()
 
 
+class _Unread:
+    """A stream that nobody may read any more: what it does not take is lost. Rich would end the program with code 1."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, AttributeError):  # of None, where there is no stderr at all
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self.stream.flush()
+
+
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere (a file, a pipe, a notebook's log)."""
+    """A progress bar on a terminal, plain lines elsewhere (a file, a pipe, a notebook's log). What cannot be written there
+    is left out, and never ends the run."""
 
     def __init__(self, num_steps: int = 0, console: Console | None = None):
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console or Console(file=_Unread(sys.stderr), highlight=False, soft_wrap=True)
         self.num_steps, self.printed_s = num_steps, -math.inf
         self.bar = self.task = None
         if self.console.is_terminal and num_steps:

@@ -1,5 +1,6 @@
 """What a worker and a server of a parameter-server cluster do: TensorFlow's server, until the chief is done."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -59,5 +60,6 @@ def _end_with(cluster: Cluster, start_timeout_s: float) -> None:
         except OSError:
             pass
         time.sleep(_LOOK_EVERY_S)
-    print(f"tfdist: {cluster.task}: the chief is gone", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody can read it
+        print(f"tfdist: {cluster.task}: the chief is gone", file=sys.stderr, flush=True)
     os._exit(DONE if was_there else PEER_LOST)

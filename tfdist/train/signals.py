@@ -53,5 +53,7 @@ class StopRequest:
                 if number in (signal.SIGINT, signal.SIGTERM) and not self.requested:
                     self.requested = True
                     name = signal.Signals(number).name
-                    os.write(2, f"\ntfdist: {name}: saving after the step in flight (Ctrl-C again stops at once)\n".encode())
                     self.on_request()
+                    said = f"\ntfdist: {name}: saving after the step in flight (Ctrl-C again stops at once)\n"
+                    with contextlib.suppress(OSError):  # nobody can read it
+                        os.write(2, said.encode())
