@@ -58,7 +58,8 @@ class InForce:
             if not self.depth:
                 for part in (
                     fit_patches.losses_of_replicas(hooks.in_replica, hooks.reduce_loss),
-                    fit_patches.means_of_replicas(hooks.weight_of_mean),
+                    fit_patches.losses_called(hooks.loss_of),
+                    fit_patches.means_of_replicas(hooks.values_of_mean),
                     fit_patches.updates_of_replicas(hooks.in_replica, hooks.apply_gradients, hooks.apply_by_hand),
                     fit_patches.gradients_of_replicas(hooks.gradient_of_tape),
                     fit_patches.writes_noted(hooks.note_written),
@@ -279,7 +280,8 @@ class Adapter:
                     optimizer.build(variables)
 
     def _make(self, name: str, force: bool = False) -> Callable:
-        self.results.enter_context(fit_patches.results_of_replicas(metrics_of(self.model), hooks.metric_result))
+        methods = {"result": hooks.metric_result, "update_state": hooks.update_metric}
+        self.results.enter_context(fit_patches.metrics_of_replicas(metrics_of(self.model), **methods))
         function = getattr(self.model, f"{name}_function")
         if function is None or force:
             if not self.model.built and type(self.model).call is not keras.Model.call:

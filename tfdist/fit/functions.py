@@ -104,8 +104,13 @@ class Steps:
         """The same for a step that runs eagerly, where no graph shows it. What cannot be traced has no plan."""
         try:
             self._plan(tf.nest.map_structure(_spec, batch))
+        except UserError:
+            raise
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            logging.debug("fit: the step cannot be traced: %s", error)
+            logging.warning(
+                "fit: on several replicas losses have to be means or sums over rows; the graph of a step shows whether they "
+                "are, and this one, which runs eagerly, cannot be traced (%s)", " ".join(str(error).split())[:200],
+            )  # fmt: skip
         self.planned = True
 
     # ---- what Keras calls ----
@@ -329,7 +334,8 @@ class Steps:
         replica.logs.before = {id(variable): value for variable, value in zip(written, before, strict=True)}
         yield
         for variable, value in zip(written, before, strict=True):
-            variable.assign(tf.where(replica.rows > 0, variable.value, value))
+            if id(variable) not in replica.whole.written:
+                variable.assign(tf.where(replica.rows > 0, variable.value, value))
         if self.layer_state:
             starts = before[len(self.metrics) :]
             self._agree_on(replica, self.layer_state, starts, replica.rows)
@@ -355,8 +361,10 @@ class Steps:
         if replica.count == 1:
             return logs
         self.logged = replica.logs.logged
-        others = {name: value for name, value in logs.items() if not self.logged[name]}
-        means = replica.means([tf.convert_to_tensor(value) for value in others.values()])
+        others = {name: tf.convert_to_tensor(value) for name, value in logs.items() if not self.logged[name]}
+        share = replica.share(tf.float64)
+        others |= {name: tf.cast(others[name], share.dtype) / share for name in replica.logs.added}
+        means = replica.means(list(others.values()))
         return dict(zip(others, means, strict=True)) | {_FINGERPRINT: replica.fingerprint}
 
     def _agree(self, others: dict):
@@ -417,7 +425,8 @@ def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
 
 def metrics_of(model: keras.Model) -> list[keras.Metric]:
     """Those that Keras knows, and others that the model or a layer inside of it keeps."""
-    return _each_once([*model.metrics, *metrics_of_layers(all_layers(model))])
+    compiled = [one for metric in model.metrics for one in getattr(metric, "metrics", ())]
+    return _each_once([*model.metrics, *compiled, *metrics_of_layers(all_layers(model))])
 
 
 def _written_by_layers(model: keras.Model, metrics: list) -> list[keras.Variable]:

@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from tfdist.errors import UserError
 from tfdist.fit import lookups
+from tfdist.fit.logs import ComputedFromResults
+from tfdist.fit.rows import Of
 from tfdist.patches import graphs
 from tfdist.strategies import support
 
@@ -53,32 +55,56 @@ class Gradients:
     # ---- of a tape ----
 
     def of_tape(self, stock, target, sources, output_gradients, *args, **kwargs):
-        """What a tape gives in a step. Of a loss of each row, which a tape adds up: so that the sum by shares is right. In a
-        step of the model's own: the gradient of the global batch, because of what it may do with it."""
+        """What a tape gives in a step: so that the sum by shares is right. In a step of the model's own it is the gradient of
+        the global batch, because of what it may do with it."""
         of_variables = [isinstance(one, (keras.Variable, tf.Variable)) for one in tf.nest.flatten(sources)]
-        if all(of_variables) and tf.is_tensor(target) and self._is_of_rows(target):
-            given = tf.ones_like(target) if output_gradients is None else output_gradients
-            output_gradients = given / self.replica.share(given.dtype)
-        elif all(of_variables) and not tf.executing_eagerly():
-            self._check_means(tf.nest.flatten(target))
-        found = stock(target, sources, output_gradients, *args, **kwargs)
-        if not self.own_step or not any(of_variables):
-            return found
-        pairs = list(zip(of_variables, tf.nest.flatten(found), strict=True))
+        output_gradients = self._weighed(tf.nest.flatten(target), tf.nest.flatten(output_gradients), any(of_variables))
+        found = tf.nest.flatten(stock(tf.nest.flatten(target), sources, output_gradients, *args, **kwargs))
+        if not self.own_step:
+            return tf.nest.pack_sequence_as(sources, found)
+        pairs = list(zip(of_variables, found, strict=True))
         summed = iter(self.sum(*self.look_ups([g for of_variable, g in pairs if of_variable])))
-        whole = [next(summed) if of_variable else g for of_variable, g in pairs]
+        whole = [next(summed) if of_variable else self._of_input(g) for of_variable, g in pairs]
         self.whole |= {id(_values(g)): _values(g) for (of_variable, _), g in zip(pairs, whole, strict=True) if of_variable}
+        for g in filter(tf.is_tensor, map(_values, self.whole.values())):
+            self.replica.know(g, Of.NOTHING)
         return tf.nest.pack_sequence_as(sources, whole)
 
-    def _check_means(self, losses: list) -> None:
-        for loss in losses:
-            name = self._origins().sum_over_rows(loss) if tf.is_tensor(loss) else None
-            if name:
-                raise UserError(
-                    f"fit: expected losses that are means over the rows of a batch, found a sum over them ({name}), which "
-                    "several replicas would weigh as a mean; use keras.losses with reduction='sum', the loss of each row "
-                    "as it is, or keras.ops.mean"
-                )
+    def _weighed(self, targets: list, given: list, of_variables: bool) -> list | None:
+        """The gradients of the targets. Those of sums over rows, and of losses of each row, which a tape adds up, are divided
+        by the share that they are multiplied with later."""
+        given = given if len(given) == len(targets) else [None] * len(targets)
+        weighed = [self._weigh(target, own, of_variables) for target, own in zip(targets, given, strict=True)]
+        if all(one is None for one in weighed):
+            return None
+        return [tf.ones_like(one) if own is None else own for one, own in zip(targets, weighed, strict=True)]
+
+    def _weigh(self, target, given, of_variables: bool):
+        if not tf.is_tensor(target):
+            return given
+        if tf.executing_eagerly():
+            of = Of.ROWS if self._is_of_rows(target) else Of.MEAN
+        else:
+            of = self.replica.of(target)
+        if of is Of.UNKNOWN and of_variables:
+            if not self.replica.logs.whole_results and graphs.reads(target, self.replica.logs.state_ids()):
+                raise ComputedFromResults("a loss")
+            raise UserError(
+                "fit: expected losses that are means or sums over the rows of a batch, found one that is something else "
+                f"({target.name}: a root or a quotient of such, a maximum, rows that are compared ...), of which the parts "
+                "of several replicas do not add up; compile(loss=...) with a function of y_true and y_pred, which is given "
+                "the rows of all"
+            )
+        if of in (Of.ROWS, Of.ASIDE, Of.SOME, Of.SUM):
+            given = tf.ones_like(target) if given is None else given
+            return given / self.replica.share(given.dtype)
+        return given
+
+    def _of_input(self, gradient):
+        """Of what is no variable: rows of this replica, in terms of the loss of all."""
+        if not tf.is_tensor(gradient):
+            return gradient
+        return self.replica.know(gradient * self.replica.share(gradient.dtype), Of.ROWS)
 
     def _is_of_rows(self, target: tf.Tensor) -> bool:
         """Whether it has an entry for each row; not a number, or one for each task."""

@@ -7,7 +7,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfdist.errors import UserError
 from tfdist.fit.replica import Replica, current
+from tfdist.fit.rows import Of
+from tfdist.fit.whole import NotShown
 from tfdist.patches.layers import ComponentVariables
 from tfdist.patches.server_optimizers import variables_of
 from tfdist.strategies.sync import local_replica
@@ -31,30 +34,47 @@ def alone():
 
 def _several() -> Replica | None:
     replica = current()
-    return replica if replica is not None and replica.count > 1 else None
+    return replica if replica is not None and replica.count > 1 and not replica.whole.everywhere else None
+
+
+def loss_of(stock, loss: keras.losses.Loss, y_true, y_pred, sample_weight=None):
+    replica = _several()
+    if replica is None:
+        return stock(y_true, y_pred, sample_weight=sample_weight)
+    return replica.whole.loss(stock, loss, y_true, y_pred, sample_weight)
+
+
+def update_metric(stock, metric: keras.Metric, *args, **kwargs):
+    replica = _several()
+    return stock(*args, **kwargs) if replica is None else replica.whole.update(stock, metric, args, kwargs)
 
 
 def reduce_loss(
     stock, apply_mask, values, sample_weight=None, mask=None, reduction="sum_over_batch_size", dtype=None
 ) -> Any:  # fmt: skip
     """A loss whose sum over the replicas, by their shares, is Keras' loss of the global batch."""
-    own = stock(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
     replica = _several()
+    kind = Of.ROWS if replica is None else replica.whole.kind_of(values)
+    if kind is not Of.ROWS and (sample_weight is not None or mask is not None):
+        raise NotShown
+    own = stock(values, sample_weight=sample_weight, mask=mask, reduction=reduction, dtype=dtype)
     if replica is None or reduction in (None, "none") or not len(getattr(values, "shape", ())):
-        return own
+        own = own / replica.share(own.dtype) if kind is Of.SUM else own
+        return own if kind is Of.ROWS else replica.know(own, Of.MEAN)
     if reduction == "sum":
-        return own / replica.share(own.dtype)
+        return replica.know(own / replica.share(own.dtype), Of.MEAN)
     if reduction == "mean_with_sample_weight" and (mask is not None or sample_weight is not None):
         weight = apply_mask(sample_weight, mask, dtype=own.dtype, reduction=reduction)
     elif mask is not None:
         weight = mask
     else:
-        return own  # divided by a number of elements that goes with the rows
+        return replica.know(own, Of.MEAN)  # divided by a number of elements that goes with the rows
     divisor = tf.reduce_sum(tf.cast(weight, own.dtype))
     counts = tf.where(replica.rows > 0, divisor, tf.zeros_like(divisor))
     (of_all,) = replica.sum([tf.stop_gradient(counts)])
     epsilon = 0.0 if reduction == "mean_with_sample_weight" else replica.quirks.mask_epsilon
-    return own * tf.math.divide_no_nan(counts + epsilon, of_all + epsilon) / replica.share(own.dtype)
+    own = own * tf.math.divide_no_nan(counts + epsilon, of_all + epsilon) / replica.share(own.dtype)
+    return replica.know(own, Of.MEAN)
 
 
 def activity_loss(loss: tf.Tensor) -> tf.Tensor:
@@ -74,12 +94,28 @@ def metric_result(stock, metric: keras.Metric):
     return stock() if replica is None else replica.logs.result(stock, metric)
 
 
-def weight_of_mean(values, sample_weight):
-    """One number that stands for a replica's rows counts by its share, and the numbers of all replicas count once."""
+def values_of_mean(values, sample_weight):
+    """(values, weight). One number that stands for a replica's rows counts by its share, and those of all replicas once."""
     replica = _several()
-    if replica is None or sample_weight is not None or len(getattr(values, "shape", ())):
-        return sample_weight
-    return replica.share(keras.backend.floatx())
+    if replica is None:
+        return values, sample_weight
+    kind = replica.whole.kind_of(values)
+    if kind is not Of.ROWS and sample_weight is not None:
+        raise NotShown
+    if sample_weight is not None or len(getattr(values, "shape", ())):
+        return values, sample_weight
+    share = replica.share(keras.backend.floatx())
+    if tf.is_tensor(values) and not tf.executing_eagerly():
+        kind = replica.of(values)
+        if kind is Of.UNKNOWN:
+            raise UserError(
+                f"fit: expected a metric to be given means over rows, or a value for each, found one number ({values.name}) "
+                "that is something else, of which several replicas cannot add up their parts; give it y_true and y_pred in "
+                "a metric of compile(metrics=...)"
+            )
+        if kind in (Of.SUM, Of.COUNT):
+            values = tf.cast(values, share.dtype) / share
+    return values, share
 
 
 def apply_gradients(stock, optimizer, gradients: list, variables) -> None:

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
+from absl import logging
 
+from tfdist.fit.rows import Of
 from tfdist.patches import graphs, servers
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class Logs:
     def __init__(self, replica: "Replica", metrics: Sequence[keras.Metric], whole_results: bool):
         self.replica, self.metrics, self.whole_results = replica, metrics, whole_results
         self.results: dict[int, tuple[keras.Metric, str | None, tf.Tensor]] = {}  # of metrics, in this step: by their id
+        self.added: set[str] = set()  # logs that are sums over the replicas, not means
         self.logged: dict[str, tuple[keras.Metric, str | None] | None] = {}  # each log: which result it is, if it is one
         self.state_began_with: set[int] = set()  # ids of tensors, on a worker of parameter servers
         self.before: dict[int, tf.Tensor] = {}  # the step: what metrics held, by the id of their variable
@@ -51,7 +54,19 @@ class Logs:
         for name, value in logs.items():
             if not found[name] and tf.is_tensor(value) and graphs.reads(value, state):
                 raise ComputedFromResults(name)
+            if not found[name] and tf.is_tensor(value) and not tf.executing_eagerly():
+                self._note_kind(name, self.replica.of(value))
         return logs
+
+    def _note_kind(self, name: str, of: Of) -> None:
+        if of in (Of.SUM, Of.COUNT):
+            self.added.add(name)
+        elif of not in (Of.MEAN, Of.NOTHING):
+            logging.log_first_n(
+                logging.WARNING,
+                "fit: the log %r is no mean and no sum over rows: it is the mean of what each replica has, not the number of "
+                "one device; a metric that is given y_true and y_pred has that", 8, name,
+            )  # fmt: skip
 
     def state_ids(self) -> set[int]:
         """Ids of what holds it: handles of variables, or, on a worker of parameter servers, the tensors it began with."""

@@ -14,7 +14,6 @@ Where ids come from is read from the graph of the step.
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from tfdist.errors import UserError
@@ -70,43 +69,6 @@ class Origins:
     def depends(self, node: Node) -> bool:
         """Whether it is another one on another replica: by the rows it has, by their number, or by chance."""
         return any(self._differs(one) for one in behind(node, _past_shapes))
-
-    def sum_over_rows(self, loss: tf.Tensor) -> str | None:
-        """The name of a sum over rows of the batch that a loss is made of and that no number of rows divides; None: none.
-        Where that number is a constant of the graph a division by it cannot be told from others: then any will do."""
-        for node in behind(Node(loss), self._terms):
-            if _makes(node, "Sum") and self._is_over_rows(*node.inputs()):
-                return node.op.name
-        return None
-
-    def _is_over_rows(self, summed: Node, axes: Node) -> bool:
-        shape, axes = summed.tensor.shape, tf.get_static_value(axes.tensor)
-        if not shape.rank or shape[0] is not None:
-            return False
-        over_rows = axes is None or {0, -shape.rank} & set(np.reshape(axes, -1).tolist())
-        return bool(over_rows) and self._may_depend(summed)
-
-    def _may_depend(self, node: Node) -> bool:
-        try:
-            return self.depends(node)
-        except UserError:  # on the shape of something
-            return True
-
-    def _terms(self, node: Node) -> list[Node]:
-        """What a loss is the sum of, but for factors that have nothing to do with the rows."""
-        if _makes(node, "Identity", "Cast", "Neg", "AddV2", "Sub", "AddN", "Pack"):
-            return node.inputs()
-        if _makes(node, "Sum"):  # of one number, or of a list of losses
-            summed = node.inputs()[0]
-            return [summed] if summed.tensor.shape.rank == 0 or _makes(summed, "Pack") else []
-        if _makes(node, "Mul"):
-            one, other = node.inputs()
-            return [of for of, factor in ((one, other), (other, one)) if not self._may_depend(factor)]
-        if _makes(node, "RealDiv", "DivNoNan"):
-            of, by = node.inputs()
-            known = any(leaf.shape[:1].num_elements() for leaf in self.tensors)
-            return [] if known or self._may_depend(by) else [of]
-        return []
 
     def _differs(self, node: Node) -> bool:
         op = node.op

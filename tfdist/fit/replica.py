@@ -14,10 +14,16 @@ import tensorflow as tf
 from tfdist.errors import UserError
 from tfdist.fit.gradients import Gradients
 from tfdist.fit.logs import Logs
+from tfdist.fit.rows import Of, Rows
+from tfdist.fit.whole import Whole
 from tfdist.patches.fit import Quirks
 from tfdist.patches.layers import ComponentVariables
 from tfdist.train import batch_norm, step
 
+_OTHER_ROWS = (
+    "fit: expected a loss or a metric to be given an entry for each row of the batch, found another number; on several "
+    "replicas one that is no sum over rows needs that"
+)
 _current: contextvars.ContextVar["Replica | None"] = contextvars.ContextVar("replica", default=None)
 
 
@@ -49,6 +55,20 @@ class Replica:
         self.compiled = False  # inside of XLA no collective can stand
         self.written: dict[int, keras.Variable] = {}  # in this step so far, by id
         self.gradients, self.logs = Gradients(self, own_step), Logs(self, metrics, whole_results)
+        self.whole = Whole(self)
+        self.known: dict[int, tuple[Of, tf.Tensor]] = {}  # tensors that the graph alone does not explain, by their id
+        for tensor, of in ((rows, Of.COUNT), (total, Of.NOTHING)):
+            self.know(tensor, of)
+
+    def know(self, tensor, of: Of):
+        """Returns a tensor of this step, of which this is known from now on."""
+        self.known[id(tensor)] = of, tensor  # which stays alive, and so does its id
+        return tensor
+
+    def of(self, tensor: tf.Tensor) -> Of:
+        """How a tensor of this step, which is being traced, goes with the rows of the batch."""
+        state = dict.fromkeys(self.logs.state_ids(), Of.UNKNOWN)  # of metrics: each replica has its own
+        return Rows(self.gradients.batch, state | {key: of for key, (of, _) in self.known.items()}).of(tensor)
 
     def share(self, dtype) -> tf.Tensor:
         return tf.cast(self.rows / self.total, dtype)
@@ -97,7 +117,8 @@ class Replica:
         if self.compiled:
             raise Communicates
         with self.components.suspended(self.model):
-            return step.all_reduce([tf.identity(tensor) for tensor in tensors])
+            sums = step.all_reduce([tf.identity(tensor) for tensor in tensors])
+        return [self.know(total, Of.NOTHING) for total in sums]
 
     def sum_by_shares(self, tensors: list[tf.Tensor]) -> list[tf.Tensor]:
         return self.sum([self.weighted(tensor) for tensor in tensors]) if tensors else []
@@ -124,6 +145,26 @@ class Replica:
         sent = tf.cast(mine, tf.int32) if mine.dtype == tf.bool else mine  # collectives know no bool
         with self.components.suspended(self.model):
             return tf.cast(tf.distribute.get_replica_context().all_gather(sent, axis=0), mine.dtype)
+
+    def rows_of_all(self, mine: tf.Tensor) -> tf.Tensor:
+        """`gather_rows` of a tensor, in the middle of a forward pass. Its gradient is in terms of this replica's loss."""
+        if self.compiled:
+            raise Communicates
+
+        @tf.custom_gradient
+        def gathered(mine):
+            whole = self.gather_rows(mine)
+
+            def gradient(upstream):
+                first = tf.cast(self.first_row, tf.int32)
+                own = upstream[first : first + self.rows] / self.share(upstream.dtype)
+                return tf.pad(own, [[0, tf.shape(mine)[0] - self.rows], *[[0, 0]] * (len(mine.shape) - 1)])
+
+            return whole, gradient
+
+        as_many = tf.debugging.assert_equal(tf.shape(mine)[0], tf.maximum(self.rows, 1), _OTHER_ROWS)
+        with tf.control_dependencies([as_many] if as_many is not None else []):
+            return self.know(gathered(tf.identity(mine)), Of.NOTHING)
 
     def gather(self, slices: list[tf.IndexedSlices]) -> list[tf.IndexedSlices]:
         """Those of all replicas, one after another."""

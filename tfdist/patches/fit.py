@@ -125,38 +125,60 @@ def losses_of_replicas(in_replica: Callable[[], bool], reduce: Callable):
 
 
 @contextlib.contextmanager
-def means_of_replicas(weight: Callable[[Any, Any], Any]):
-    """Inside, `Mean` takes `weight(values, sample_weight)` for the weight of what it is given.
+def means_of_replicas(weighted: Callable[[Any, Any], tuple[Any, Any]]):
+    """Inside, `Mean` and `Sum` take `weighted(values, sample_weight)` for the values and weights that they are given.
 
-    What: `keras.metrics.Mean.update_state`. Why: the mean of one loss of each replica (`Mean.update_state(loss)`) counts
-    replicas alike, whatever their rows. Versions: Keras 3.10-3.15.
+    What: their `update_state`. Why: the mean of one loss of each replica (`Mean.update_state(loss)`) counts replicas alike,
+    whatever their rows. Versions: Keras 3.10-3.15.
     """
-    stock = keras.metrics.Mean.update_state
 
-    def update_state(self, values, sample_weight=None):
-        return stock(self, values, sample_weight=weight(values, sample_weight))
+    def weighing(stock):
+        def update_state(self, values, sample_weight=None):
+            return stock(self, *weighted(values, sample_weight))
 
-    with _replaced(keras.metrics.Mean, update_state=update_state):
+        update_state.__module__ = stock.__module__  # it is still Keras'
+        return update_state
+
+    metrics = (keras.metrics.Mean, keras.metrics.Sum)
+    with contextlib.ExitStack() as stack:
+        for metric in metrics:
+            stack.enter_context(_replaced(metric, update_state=weighing(vars(metric)["update_state"])))
         yield
 
 
 @contextlib.contextmanager
-def results_of_replicas(metrics: list[keras.Metric], result: Callable):
-    """Inside, `metric.result()` of these is `result(stock, metric)`.
+def losses_called(call: Callable):
+    """Inside, a loss object that is called is `call(stock, loss, y_true, y_pred, sample_weight)`.
 
-    What: `result` of each metric itself. Why: one that a step logs is that of all replicas, whatever it is logged as.
-    Versions: Keras 3.10-3.15.
+    What: `keras.losses.Loss.__call__`. Why: only there are the arguments of a loss together, which one that is no sum over
+    rows has to be given for the whole batch. Versions: Keras 3.10-3.15.
     """
-    before = [vars(metric).get("result") for metric in metrics]
-    for metric, own in zip(metrics, before, strict=True):
-        if own is None:  # else of a model around this one
-            vars(metric)["result"] = functools.partial(result, metric.result, metric)
+    stock = keras.losses.Loss.__call__
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        return call(functools.partial(stock, self), self, y_true, y_pred, sample_weight)
+
+    with _replaced(keras.losses.Loss, __call__=__call__):
+        yield
+
+
+@contextlib.contextmanager
+def metrics_of_replicas(metrics: list[keras.Metric], **methods: Callable):
+    """Inside, a method of these, `metric.result()` for one, is `methods["result"](stock, metric)`.
+
+    What: methods of each metric itself. Why: a result that a step logs is that of all replicas, whatever it is logged as; an
+    update that is no sum over rows is one with the rows of all. Versions: Keras 3.10-3.15.
+    """
+    own = [metric for metric in metrics if not methods.keys() & vars(metric).keys()]  # else of a model around this one
+    for metric in own:
+        found = {name: functools.partial(method, getattr(metric, name), metric) for name, method in methods.items()}
+        vars(metric).update(found)
     try:
         yield
     finally:
-        for metric, own in zip(metrics, before, strict=True):
-            if own is None:
-                vars(metric).pop("result", None)
+        for metric in own:
+            for name in methods:
+                vars(metric).pop(name, None)
 
 
 @contextlib.contextmanager
