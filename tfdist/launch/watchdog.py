@@ -20,8 +20,9 @@ class Limits:
 
     @property
     def late_s(self) -> float:
-        """A supervisor that comes to look so much too late has itself stood still, and knows nothing of the others."""
-        return min(_LATE_S, self.heartbeat_timeout_s / 4)
+        """A supervisor that comes to look so much too late has itself stood still, and knows nothing of the others. Not
+        less: on a busy machine it would never judge."""
+        return min(_LATE_S, self.heartbeat_timeout_s / 2)
 
     def of(self, seen: "Seen") -> float:
         """How long this task may stand still."""
