@@ -12,11 +12,11 @@ from absl import logging
 from tfdist.cluster.link import supervisor
 from tfdist.errors import DataError, UserError
 from tfdist.fit.gradients import RowsAreKnown
-from tfdist.fit.input import Input
+from tfdist.fit.input import OTHER_ROWS, Input
 from tfdist.fit.logs import ComputedFromResults
 from tfdist.fit.replica import Communicates, Replica
 from tfdist.models.dropout import SamplePosition, sample_position
-from tfdist.patches.fit import is_stock, quirks
+from tfdist.patches.fit import is_stock, quirks, seed_generator_of_keras
 from tfdist.patches.layers import ComponentVariables, all_layers, metrics_of_layers, state_of_layers
 from tfdist.patches.optimizers import batches_applied
 from tfdist.strategies.base import Strategy
@@ -44,17 +44,18 @@ class Steps:
         self.metrics = _each_once([variable for metric in self.metrics_of_model for variable in metric.variables])
         self.own_step = not is_stock(model, "train_step")
         self.whole_results = bool(model.run_eagerly)  # in a step: see ComputedFromResults, which only a graph shows
-        self.layer_state, self.layer_seeds = _written_by_layers(model, self.metrics), state.layer_seeds(model)
+        self.layer_state = _written_by_layers(model, self.metrics)
+        self.layer_seeds = [*state.layer_seeds(model), *self._seed_of_keras()]
         self._bind()
         self.stop: Any = False  # see stop_requested
         self.done = 0  # steps
-        self.plan: list[list] | None = None  # see _plan
+        self.plan: list[tuple[list, list]] | None = None  # see _plan
         self.planned = strategy.num_replicas == 1  # whether a step that runs eagerly has tried to make one
         self.logged: dict[str, Any] = {}  # by the last traced step: which result of which metric each log is, if it is one
 
     def _bind(self) -> None:
         of_optimizers = [variable for optimizer in optimizers_of(self.model) for variable in optimizer.variables]
-        variables = _each_once([*self.model.variables, *self.metrics, *of_optimizers])
+        variables = _each_once([*self.model.variables, *self.metrics, *of_optimizers, *self.layer_seeds])
         created_here = self.tf_strategy.extended.variable_created_in_scope
         strange = [variable.path for variable in variables if not created_here(variable.value)]
         if strange:
@@ -64,6 +65,14 @@ class Steps:
             )
         replicas = range(self.strategy.local_replicas())
         self.components = [ComponentVariables(self.tf_strategy, variables, local) for local in replicas]
+
+    def _seed_of_keras(self) -> list[keras.Variable]:
+        """Of random numbers that a step draws without a seed of its own: every replica has one, and draws others."""
+        if self.strategy.num_replicas == 1:
+            return []
+        with self.strategy.scope():
+            seed = seed_generator_of_keras().state
+        return [seed] if self.tf_strategy.extended.variable_created_in_scope(seed.value) else []
 
     def stop_requested(self) -> bool:
         """Whether, by the last step, any process was asked to stop; the same on all of them."""
@@ -98,7 +107,7 @@ class Steps:
     def _plan(self, element_spec) -> None:
         """Finds out what the look-ups of a step have in common on several replicas: see `RowsAreKnown`."""
         replicas = self._traced(tf.nest.map_structure(_any_number_of_rows, element_spec))
-        self.plan = [replica.gradients.kinds for replica in replicas]
+        self.plan = [(replica.gradients.kinds, replica.gradients.targets) for replica in replicas]
 
     def _plan_eager(self, batch) -> None:
         """The same for a step that runs eagerly, where no graph shows it. What cannot be traced has no plan."""
@@ -193,6 +202,8 @@ class Steps:
                 except tf.errors.InvalidArgumentError as error:
                     if _ANOTHER_BATCH in str(error):
                         raise DataError(_ANOTHER_BATCH) from None
+                    if OTHER_ROWS in str(error):
+                        raise UserError(OTHER_ROWS) from None
                     raise
                 finally:
                     supervisor().phase("callbacks", self.done)  # which may take their time
@@ -244,7 +255,8 @@ class Steps:
         )  # fmt: skip
         batch = tf.nest.map_structure(_without_optional, parts[local])
         replica.gradients.begin(batch)
-        replica.gradients.plan = None if self.plan is None else self.plan[local]
+        if self.plan is not None:
+            replica.gradients.plan, replica.gradients.planned_targets = self.plan[local]
         return replica, batch
 
     def _train(self, data):
@@ -332,7 +344,9 @@ class Steps:
         written = [*self.metrics, *self.layer_state]
         before = [tf.identity(variable.value) for variable in written]
         replica.logs.before = {id(variable): value for variable, value in zip(written, before, strict=True)}
+        replica.in_step = True
         yield
+        replica.in_step = False
         for variable, value in zip(written, before, strict=True):
             if id(variable) not in replica.whole.written:
                 variable.assign(tf.where(replica.rows > 0, variable.value, value))

@@ -40,12 +40,14 @@ class Gradients:
         self.batch: list[tf.Tensor] = []  # what the replica was given, in the graph that is being traced
         self.kinds: list[Kinds] = []  # of the gradients of slices that were summed so far, in order
         self.plan: list[Kinds] | None = None  # the same, traced with an unknown number of rows; None: not done yet
+        self.targets: list[Of] = []  # what the targets of tapes were made of, in order
+        self.planned_targets: list[Of] = []  # the same, of a step that runs eagerly, from its trace
         self.whole: dict[int, tf.Tensor] = {}  # gradients that are sums over all replicas, by their id
 
     def begin(self, batch) -> None:
         """A step, or what of it is compiled, begins to be traced on this batch."""
         self.batch = [leaf for leaf in tf.nest.flatten(batch, expand_composites=True) if leaf is not None]
-        self.kinds = []
+        self.kinds, self.targets = [], []
 
     def nothing_updated(self) -> None:
         """Raises `UserError` where a step of a worker computes again after an update, which the servers do at its end."""
@@ -71,8 +73,8 @@ class Gradients:
         return tf.nest.pack_sequence_as(sources, whole)
 
     def _weighed(self, targets: list, given: list, of_variables: bool) -> list | None:
-        """The gradients of the targets. Those of sums over rows, and of losses of each row, which a tape adds up, are divided
-        by the share that they are multiplied with later."""
+        """The gradients of the targets. Those of sums over rows, and of losses of each row, which a tape adds up, are
+        divided by the share that they are multiplied with later."""
         given = given if len(given) == len(targets) else [None] * len(targets)
         weighed = [self._weigh(target, own, of_variables) for target, own in zip(targets, given, strict=True)]
         if all(one is None for one in weighed):
@@ -82,23 +84,40 @@ class Gradients:
     def _weigh(self, target, given, of_variables: bool):
         if not tf.is_tensor(target):
             return given
-        if tf.executing_eagerly():
-            of = Of.ROWS if self._is_of_rows(target) else Of.MEAN
-        else:
-            of = self.replica.of(target)
-        if of is Of.UNKNOWN and of_variables:
+        of = self._of_target(target)
+        self.targets.append(of)
+        if of in (Of.UNKNOWN, Of.MIXED) and of_variables:
             if not self.replica.logs.whole_results and graphs.reads(target, self.replica.logs.state_ids()):
                 raise ComputedFromResults("a loss")
             raise UserError(
-                "fit: expected losses that are means or sums over the rows of a batch, found one that is something else "
-                f"({target.name}: a root or a quotient of such, a maximum, rows that are compared ...), of which the parts "
-                "of several replicas do not add up; compile(loss=...) with a function of y_true and y_pred, which is given "
-                "the rows of all"
+                "fit: expected losses that are means or sums over the rows of a batch, found another one "
+                f"({target.name}: a root or quotient of such, a maximum, rows that are compared ...), of which the parts of "
+                "several replicas do not add up; compile(loss=...) with a function of y_true and y_pred, which is given the "
+                "rows of all"
             )
         if of in (Of.ROWS, Of.ASIDE, Of.SOME, Of.SUM):
             given = tf.ones_like(target) if given is None else given
             return given / self.replica.share(given.dtype)
         return given
+
+    def _of_target(self, target: tf.Tensor) -> Of:
+        if not tf.executing_eagerly():
+            return self.replica.of(target)
+        if len(self.targets) < len(self.planned_targets):
+            return self.planned_targets[len(self.targets)]
+        return Of.ROWS if self._is_of_rows(target) else Of.MEAN  # of a step that cannot be traced
+
+    def check_updates(self, gradients: list) -> None:
+        """Raises `UserError` for gradients of all rows that a step changes by what its own rows have."""
+        for values in map(_values, gradients):
+            if values is None or tf.executing_eagerly() or not self.own_step or not self._is_whole(values):
+                continue
+            if self.replica.of(values) in (Of.MEAN, Of.SUM, Of.MIXED, Of.ROWS):
+                raise UserError(
+                    "fit: expected a train_step to change gradients by what does not depend on the batch, found one with a "
+                    f"loss or another number of the batch in it ({values.name}), which replicas have for their own rows "
+                    "alone; use the result of a metric, which is that of all rows"
+                )
 
     def _of_input(self, gradient):
         """Of what is no variable: rows of this replica, in terms of the loss of all."""

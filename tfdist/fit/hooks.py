@@ -37,6 +37,14 @@ def _several() -> Replica | None:
     return replica if replica is not None and replica.count > 1 and not replica.whole.everywhere else None
 
 
+def in_several_replicas() -> bool:
+    return _several() is not None
+
+
+def refuse_function(name: str) -> None:
+    raise UserError(f"fit: expected gradients of a tf.GradientTape on several replicas, found {name}; use a tape")
+
+
 def loss_of(stock, loss: keras.losses.Loss, y_true, y_pred, sample_weight=None):
     replica = _several()
     if replica is None:
@@ -83,10 +91,10 @@ def activity_loss(loss: tf.Tensor) -> tf.Tensor:
     return loss if replica is None or replica.quirks.activity_by_row else loss / replica.share(loss.dtype)
 
 
-def note_written(variable: keras.Variable) -> None:
+def note_written(variable: keras.Variable, value) -> None:
     replica = current()
     if replica is not None:
-        replica.note_written(variable)
+        replica.note_written(variable, value)
 
 
 def metric_result(stock, metric: keras.Metric):
@@ -107,7 +115,7 @@ def values_of_mean(values, sample_weight):
     share = replica.share(keras.backend.floatx())
     if tf.is_tensor(values) and not tf.executing_eagerly():
         kind = replica.of(values)
-        if kind is Of.UNKNOWN:
+        if kind in (Of.UNKNOWN, Of.MIXED):
             raise UserError(
                 f"fit: expected a metric to be given means over rows, or a value for each, found one number ({values.name}) "
                 "that is something else, of which several replicas cannot add up their parts; give it y_true and y_pred in "
@@ -127,6 +135,7 @@ def apply_gradients(stock, optimizer, gradients: list, variables) -> None:
     if own.taken is not None:
         return own.taken.append((optimizer, gradients, variables))
     if replica.count > 1 and not own.reduced:
+        own.check_updates(gradients)
         kinds, parts = own.look_ups(own.not_summed(gradients))
         if own.deferred is not None:
             return own.deferred.append((stock, kinds, parts, variables))

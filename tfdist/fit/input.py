@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfdist.errors import UserError
 from tfdist.strategies.base import Strategy
 
+OTHER_ROWS = "fit: expected every part of a batch to have an entry for each row, found parts of different lengths"
 FINGERPRINTS = 1024  # few enough that their sum over many workers is exact
 
 
@@ -44,6 +46,7 @@ class Input:
     def lay_out(self, batch) -> LaidOut:
         """Of a global batch of any structure, rows first."""
         total = _num_rows(batch)
+        batch = _all_with(total, batch) if self.strategy.num_replicas > 1 else batch
         parts, counts, firsts = [], [], []
         first_replica, local = self.strategy.first_replica, self.strategy.local_replicas()
         for replica in range(first_replica, first_replica + local):
@@ -89,6 +92,25 @@ def _num_rows(batch):
     raise ValueError(
         "fit: expected a dataset of batches, found elements without a dimension of rows; use dataset.batch(...)"
     )
+
+
+def _all_with(rows, batch):
+    """The batch. Raises `UserError`, now or in the step, where a part of it has another number of rows: replicas would cut
+    it as if it had as many."""
+    others = [
+        leaf
+        for leaf in tf.nest.flatten(batch)
+        if _has_rows(leaf) and not isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor))
+    ]
+    for leaf in others:
+        if isinstance(rows, int) and leaf.shape.rank and leaf.shape[0] not in (None, rows):
+            raise UserError(f"{OTHER_ROWS}: {rows} and {leaf.shape[0]}")
+    unknown = [tf.shape(leaf)[0] for leaf in others if leaf.shape.rank is None or leaf.shape[0] is None]
+    unknown += [leaf.shape[0] for leaf in others if leaf.shape.rank and leaf.shape[0] is not None] if unknown else []
+    if len(unknown) < 2:
+        return batch
+    with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(tf.equal(tf.stack(unknown), rows)), [OTHER_ROWS])]):
+        return tf.nest.map_structure(lambda leaf: tf.identity(leaf) if _has_rows(leaf) else leaf, batch)
 
 
 def _has_rows(leaf) -> bool:

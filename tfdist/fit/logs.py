@@ -64,8 +64,8 @@ class Logs:
         elif of not in (Of.MEAN, Of.NOTHING):
             logging.log_first_n(
                 logging.WARNING,
-                "fit: the log %r is no mean and no sum over rows: it is the mean of what each replica has, not the number of "
-                "one device; a metric that is given y_true and y_pred has that", 8, name,
+                "fit: the log %r is no mean and no sum over rows: it is the mean of what each replica has, not what one "
+                "device has; a metric that is given y_true and y_pred has that", 8, name,
             )  # fmt: skip
 
     def state_ids(self) -> set[int]:

@@ -53,6 +53,7 @@ class Replica:
         self.local, self.index, self.count = local, index, count
         self.rows, self.first_row, self.total, self.fingerprint = rows, first_row, total, fingerprint
         self.compiled = False  # inside of XLA no collective can stand
+        self.in_step = False  # while the model's own code runs, on one of several replicas
         self.written: dict[int, keras.Variable] = {}  # in this step so far, by id
         self.gradients, self.logs = Gradients(self, own_step), Logs(self, metrics, whole_results)
         self.whole = Whole(self)
@@ -94,21 +95,38 @@ class Replica:
 
         @tf.custom_gradient
         def total(tensor):
+            @tf.custom_gradient
             def gradient(upstream):
                 mine = tf.where(self.rows > 0, upstream * tf.cast(self.rows, upstream.dtype), tf.zeros_like(upstream))
-                return self.sum([mine])[0] / tf.cast(tf.maximum(self.rows, 1), upstream.dtype)
+                return self.sum([mine])[0] / tf.cast(tf.maximum(self.rows, 1), upstream.dtype), refuse
+
+            def refuse(*_):
+                raise UserError(
+                    "fit: expected batch normalisation that is differentiated once, found the gradient of a gradient "
+                    "through it (a gradient penalty); on several replicas use another normalisation"
+                )
 
             return self.sum([tensor])[0], gradient
 
         return total(tensor)
 
-    def note_written(self, variable: keras.Variable) -> None:
+    def note_written(self, variable: keras.Variable, value) -> None:
+        """A variable is assigned. Raises `UserError` for a value that the replicas cannot agree on."""
         if self.count > 1 and variable.aggregation == "sum" and not self.components.holds(variable):
             raise UserError(
                 f"fit: expected metrics that a step updates to be attributes of the model, found {variable.path}, which is "
                 "of none; without that several replicas cannot add it up"
             )
         self.written[id(variable)] = variable
+        if not self.in_step or tf.executing_eagerly() or not tf.is_tensor(value):
+            return
+        of_metric = id(getattr(variable.value, "handle", variable.value)) in self.logs.state_ids()
+        if not of_metric and self.of(value) in (Of.MIXED, Of.SUM):
+            raise UserError(
+                f"fit: expected a step to write means over rows into {variable.path}, or what does not depend on the batch, "
+                "found a sum, a maximum or the like, on which several replicas cannot agree; write a mean, or train on one "
+                "device"
+            )
 
     # ---- between the replicas ----
 

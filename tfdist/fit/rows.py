@@ -27,7 +27,8 @@ class Of(enum.Enum):
     MEAN = "a mean over rows, or a sum of such"
     COUNT = "the number of rows, times a constant; or a shape with it"
     INVERSE = "a constant divided by the number of rows"
-    UNKNOWN = "something else"
+    MIXED = "rows that are compared or mixed with each other, or a sum or mean of them put to other use"
+    UNKNOWN = "nobody can tell"
 
 
 _SAME = {"Identity", "Cast", "Neg", "StopGradient", "PreventGradient", "CheckNumerics", "Snapshot", "EnsureShape"}
@@ -133,12 +134,14 @@ class Rows:
             return self._shape(kinds[node.tensor.value_index if kind == "ShapeN" else 0], kind)
         if kind in ("Reshape", "Tile", "BroadcastTo"):  # into a shape
             kinds[1] = Of.COUNT if kinds[1] in (Of.COUNT, Of.UNKNOWN) else Of.NOTHING
+        if kind == "IdentityN":  # what custom gradients give: results, then arguments
+            return kinds[node.tensor.value_index]
         if all(one is Of.NOTHING for one in kinds):
             return Of.NOTHING
         if kind == "StridedSlice":
             return self._sliced(node, inputs, kinds)
-        if Of.UNKNOWN in kinds:
-            return Of.UNKNOWN
+        if Of.MIXED in kinds or Of.UNKNOWN in kinds:
+            return Of.MIXED if Of.MIXED in kinds else Of.UNKNOWN
         if kind in _SAME:
             return kinds[0]
         if kind in _LINEAR | _PRODUCTS | _QUOTIENTS | _ELEMENTWISE:
@@ -200,25 +203,28 @@ class Rows:
         kind, rank, others = node.op.type, node.tensor.shape.rank, [one for one in kinds if one is not Of.NOTHING]
         for one, of in zip(inputs, kinds, strict=True):
             if of in _WITH_ROWS and one.tensor.shape.rank != rank:  # else its rows would lie along another's dim
-                return Of.UNKNOWN
+                return Of.MIXED if of is Of.ROWS else Of.UNKNOWN
         if kind in _QUOTIENTS:
             return self._quotient(inputs, *kinds)
         if kind in _PRODUCTS:
-            return others[0] if len(others) == 1 else _PRODUCTS_OF_TWO.get(frozenset(others), Of.UNKNOWN)
+            return others[0] if len(others) == 1 else _PRODUCTS_OF_TWO.get(frozenset(others), Of.MIXED)
         if len(set(others)) != 1:
-            return Of.UNKNOWN
+            return Of.MIXED
         (of,) = set(others)
         chosen = kind in ("Select", "SelectV2") and kinds[0] is Of.NOTHING
         if kind in _LINEAR or chosen:  # a constant added to a mean is one added to each row
-            return of if of in (Of.ROWS, Of.ASIDE, Of.SOME, Of.MEAN) or Of.NOTHING not in kinds or chosen else Of.UNKNOWN
+            return of if of in (Of.ROWS, Of.ASIDE, Of.SOME, Of.MEAN) or Of.NOTHING not in kinds or chosen else Of.MIXED
         if of is Of.COUNT and kind == "Maximum":  # at least one row
             least = [tf.get_static_value(one.tensor) for one, k in zip(inputs, kinds, strict=True) if k is Of.NOTHING]
             return of if least and least[0] is not None and least[0] <= 1 else Of.UNKNOWN
-        return of if of in (Of.ROWS, Of.ASIDE, Of.SOME) or kind in ("ZerosLike", "OnesLike") else Of.UNKNOWN
+        if kind in ("ZerosLike", "OnesLike"):
+            return of if of in _WITH_ROWS else Of.NOTHING
+        whole = node.tensor.dtype.is_integer and of is Of.COUNT  # arithmetic of shapes
+        return of if of in (Of.ROWS, Of.ASIDE, Of.SOME) else Of.UNKNOWN if whole else Of.MIXED
 
     def _quotient(self, inputs: Sequence[Node], of: Of, by: Of) -> Of:
         if by is not Of.NOTHING:
-            return _QUOTIENTS_OF_TWO.get((of, by), Of.UNKNOWN)
+            return _QUOTIENTS_OF_TWO.get((of, by), Of.MIXED)
         number = tf.get_static_value(inputs[1].tensor)
         # where the number of rows is a constant of the graph: this replica's, or that of the whole batch?
         if of is Of.SUM and self.sizes and (number is None or any(np.any(number % rows == 0) for rows in self.sizes)):
@@ -229,7 +235,7 @@ class Rows:
         kind, rank = node.op.type, inputs[0].tensor.shape.rank
         if of in _NUMBERS:
             linear = kind in ("Sum", "Mean") and of in (Of.SUM, Of.MEAN)
-            return of if linear or not rank or (of is Of.COUNT and kind == "Prod") else Of.UNKNOWN
+            return of if linear or not rank or (of is Of.COUNT and kind == "Prod") else Of.MIXED
         axes = tf.get_static_value(inputs[1].tensor)
         if axes is None or rank is None:
             return Of.UNKNOWN
@@ -243,7 +249,7 @@ class Rows:
         if kind == "Mean" and of in (Of.ROWS, Of.ASIDE):
             return Of.MEAN
         is_bound = not self.strict and not inputs[0].tensor.dtype.is_floating  # of lengths: how far others are padded
-        return Of.NOTHING if is_bound and kind in ("Max", "Min", "All", "Any") else Of.UNKNOWN
+        return Of.NOTHING if is_bound and kind in ("Max", "Min", "All", "Any") else Of.MIXED
 
     def _moved(self, node: Node, inputs: Sequence[Node], kinds: list[Of]) -> Of:
         kind, of = node.op.type, kinds[0]
@@ -296,7 +302,7 @@ class Rows:
             return Of.SUM if rows_by else Of.ASIDE
         if of is Of.NOTHING and by is Of.ROWS:
             return Of.SUM if rows_by else Of.ASIDE
-        return Of.UNKNOWN
+        return Of.MIXED
 
     def _einsum(self, node: Node, kinds: list[Of]) -> Of:
         taken, _, given = node.op.get_attr("equation").decode().partition("->")

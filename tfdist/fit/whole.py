@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
+from tfdist.errors import UserError
 from tfdist.fit.rows import Of, Rows
 
 if TYPE_CHECKING:
@@ -30,12 +31,23 @@ class Whole:
 
     def loss(self, stock: Callable, loss: keras.losses.Loss, y_true, y_pred, sample_weight) -> Any:
         """A loss object that is called in a step."""
+        self._refuse_mixed(y_pred)
         if loss.reduction in (None, "none") or _adds_up(loss.call, getattr(loss, "fn", None)):
             return stock(y_true, y_pred, sample_weight=sample_weight)
         if (own := self._shown(lambda: stock(y_true, y_pred, sample_weight=sample_weight), (y_true, y_pred))) is not None:
             return own
         value = self._everywhere(stock, (y_true, y_pred), {"sample_weight": sample_weight})
         return self.replica.know(value, Of.NOTHING)
+
+    def _refuse_mixed(self, predicted) -> None:
+        """Raises `UserError` for a model whose output for one row depends on other rows."""
+        for leaf in () if tf.executing_eagerly() or self.given is not None else tf.nest.flatten(predicted):
+            if tf.is_tensor(leaf) and self.replica.of(leaf) is Of.MIXED:
+                raise UserError(
+                    f"fit: expected a model that computes each row by itself, found an output ({leaf.name}) that rows share: "
+                    "their mean, sum, maximum or number, or a comparison; several replicas see their own rows alone: train "
+                    "it on one device"
+                )
 
     def update(self, stock: Callable, metric: keras.Metric, args: tuple, kwargs: dict) -> Any:
         """An update of a metric in a step."""

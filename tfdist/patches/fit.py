@@ -147,6 +147,36 @@ def means_of_replicas(weighted: Callable[[Any, Any], tuple[Any, Any]]):
 
 
 @contextlib.contextmanager
+def functions_of_tensorflow(in_replica: Callable[[], bool], refuse: Callable[[str], None]):
+    """Inside, what TensorFlow's tutorials call in a replica means what it means on one device: averages are of the rows that
+    are given, not divided by the number of replicas as well. `tf.gradients` in a replica is given to `refuse`.
+
+    What: `tf.nn.compute_average_loss`, `tf.nn.scale_regularization_loss`, `tf.gradients`. Versions: TensorFlow 2.19-2.21.
+    """
+    average, scale, gradients = tf.nn.compute_average_loss, tf.nn.scale_regularization_loss, tf.gradients
+
+    @functools.wraps(average)
+    def compute_average_loss(per_example_loss, sample_weight=None, global_batch_size=None):
+        if in_replica() and global_batch_size is None:
+            global_batch_size = tf.shape(per_example_loss)[0]
+        return average(per_example_loss, sample_weight, global_batch_size)
+
+    @functools.wraps(scale)
+    def scale_regularization_loss(regularization_loss):
+        return tf.reduce_sum(regularization_loss) if in_replica() else scale(regularization_loss)
+
+    @functools.wraps(gradients)
+    def refusing(*args, **kwargs):
+        if in_replica():
+            refuse("tf.gradients")
+        return gradients(*args, **kwargs)
+
+    replaced = {"compute_average_loss": compute_average_loss, "scale_regularization_loss": scale_regularization_loss}
+    with _replaced(tf.nn, **replaced), _replaced(tf, gradients=refusing):
+        yield
+
+
+@contextlib.contextmanager
 def losses_called(call: Callable):
     """Inside, a loss object that is called is `call(stock, loss, y_true, y_pred, sample_weight)`.
 
@@ -260,12 +290,17 @@ def gradients_of_replicas(gradient: Callable):
     2.19-2.21.
     """
     stock = tf.GradientTape.gradient
-    alone = contextvars.ContextVar("alone", default=False)  # in a Jacobian, which takes many gradients of its own
+    # in a Jacobian, which takes many gradients of its own, or in a backward pass, where a part is computed again
+    alone = contextvars.ContextVar("alone", default=False)
 
     def chosen(self, *args, **kwargs):
         if alone.get():
             return stock(self, *args, **kwargs)
-        return gradient(functools.partial(stock, self), *args, **kwargs)
+        token = alone.set(True)
+        try:
+            return gradient(functools.partial(stock, self), *args, **kwargs)
+        finally:
+            alone.reset(token)
 
     def jacobian_by(stock_jacobian):
         def jacobian(self, *args, **kwargs):
@@ -283,8 +318,8 @@ def gradients_of_replicas(gradient: Callable):
 
 
 @contextlib.contextmanager
-def writes_noted(note: Callable[[keras.Variable], None]):
-    """Inside, each Keras variable that is assigned is given to `note`.
+def writes_noted(note: Callable[[keras.Variable, Any], None]):
+    """Inside, each Keras variable that is assigned is given to `note`, with its value.
 
     What: `keras.Variable.assign`, which all other ways to assign call. Why: which metrics a `train_step` has updated.
     Versions: Keras 3.10-3.15.
@@ -292,7 +327,7 @@ def writes_noted(note: Callable[[keras.Variable], None]):
     stock = keras.Variable.assign
 
     def assign(self, value):
-        note(self)
+        note(self, value)
         return stock(self, value)
 
     with _replaced(keras.Variable, assign=assign):
@@ -340,6 +375,17 @@ def results_of_an_epoch(model: keras.Model):
     """
     stock = model._get_metrics_result_or_logs
     return _replaced(model, _get_metrics_result_or_logs=lambda logs: stock(logs or model.get_metrics_result()))
+
+
+def seed_generator_of_keras() -> keras.random.SeedGenerator:
+    """The one that draws seeds for random numbers of `keras.random` without a seed of their own; made now if there is none.
+
+    What: `global_seed_generator` of keras/src/random/seed_generator.py. Why: made in a step it is a variable that a graph
+    makes, which TensorFlow refuses on several replicas. Versions: Keras 3.10-3.15.
+    """
+    from keras.src.random.seed_generator import global_seed_generator
+
+    return global_seed_generator()
 
 
 class Quirks(NamedTuple):
