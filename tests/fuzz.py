@@ -285,11 +285,15 @@ def hashed(tree: dict) -> dict:
 TIMERS = ((signal.ITIMER_REAL, signal.SIGALRM, LIMIT_S), (signal.ITIMER_PROF, signal.SIGPROF, LIMIT_CPU_S))
 
 
+class Late(BaseException):
+    """Not within seconds. No `OSError`, which would be taken for one of the file that is waited for."""
+
+
 def outcome(opened: Callable[[], str]) -> tuple[str, str]:
     """(how it ended, what is wrong with that)."""
 
     def late(*_):
-        raise TimeoutError("not within seconds")
+        raise Late
 
     for timer, number, limit_s in TIMERS:
         signal.signal(number, late)
