@@ -68,8 +68,8 @@ def sync_folder(path: Path) -> None:
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
-    """Deletes a folder, or whatever else has the name: of a link the link alone; also a pipe, which `shutil.rmtree` would open
-    and wait for."""
+    """Deletes a folder, or whatever else has the name: of a link the link alone, and a pipe without waiting for it, as
+    `shutil.rmtree` would."""
     try:
         is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
         shutil.rmtree(path, ignore_errors) if is_folder else os.unlink(path)
