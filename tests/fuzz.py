@@ -34,7 +34,8 @@ from tfdist import files
 from tfdist.data import build, corpus, index, inspect, shards
 from tfdist.errors import CheckpointError, DataError, UserError
 
-LIMIT_S, MOST_BYTES = 5.0, 4 << 30
+LIMIT_S, LIMIT_CPU_S = 60.0, 10.0  # other programs may run beside this one
+MOST_BYTES = 4 << 30
 STRANGE = (
     None, True, False, -1, 0, 1, 7, 1.5, float("nan"), 1 << 62, 1 << 70, 10**400, "", "x", "²", "7", "\x1b[31m\n", "\ud800",
     "..", "../../etc/passwd", "values-00000.bin/..", "float32", "object", "<U4", "O", [], {}, [[]], [0], [-1],
@@ -113,6 +114,15 @@ def damage_file(chance: random.Random, path: Path) -> None:
         path.symlink_to({"zero": "/dev/zero", "loop": path.name, "up": ".."}[how])
 
 
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def put(source: Path, path: Path) -> None:
+    remove(path)
+    shutil.copytree(source, path)
+
+
 # ---- what is damaged ----
 
 
@@ -140,8 +150,7 @@ class Manifests:
         self.good = folder / "good"
 
     def damage(self, chance: random.Random) -> None:
-        shutil.rmtree(self.newest, ignore_errors=True) if self.newest.is_dir() else self.newest.unlink(missing_ok=True)
-        shutil.copytree(self.good, self.newest)
+        put(self.good, self.newest)
         kind = chance.random()
         manifest = self.newest / "manifest.json"
         if kind < 0.8:
@@ -212,15 +221,14 @@ class Fits(Manifests):
 
     def damage(self, chance: random.Random) -> None:
         for path in self.workdir.glob("step-*"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove(path)
         for path in self.saved.glob("step-*"):
-            shutil.copytree(path, self.workdir / path.name)
+            put(path, self.workdir / path.name)
         super().damage(chance)
         tree = json.loads((self.good / "manifest.json").read_text())
         if chance.random() < 0.6 and self.newest.is_dir():  # what `fit` keeps besides is a small part of a manifest
             tree["fit"] = damage_tree(chance, tree["fit"])
-            shutil.rmtree(self.newest) if not self.newest.is_symlink() else self.newest.unlink()
-            shutil.copytree(self.good, self.newest)
+            put(self.good, self.newest)
             (self.newest / "manifest.json").write_bytes(text_of(chance, tree))
 
 
@@ -274,14 +282,22 @@ def hashed(tree: dict) -> dict:
 # ---- the run ----
 
 
+TIMERS = ((signal.ITIMER_REAL, signal.SIGALRM, LIMIT_S), (signal.ITIMER_PROF, signal.SIGPROF, LIMIT_CPU_S))
+
+
+class Late(BaseException):
+    """Not within seconds. No `OSError`, which would be taken for one of the file that is waited for."""
+
+
 def outcome(opened: Callable[[], str]) -> tuple[str, str]:
     """(how it ended, what is wrong with that)."""
 
     def late(*_):
-        raise TimeoutError(f"longer than {LIMIT_S} s")
+        raise Late
 
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    for timer, number, limit_s in TIMERS:
+        signal.signal(number, late)
+        signal.setitimer(timer, limit_s)
     try:
         return opened(), ""
     except (CheckpointError, DataError, UserError) as error:
@@ -291,7 +307,8 @@ def outcome(opened: Callable[[], str]) -> tuple[str, str]:
     except BaseException:
         return "1", traceback.format_exc()[-1500:]
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer, *_ in TIMERS:
+            signal.setitimer(timer, 0)
 
 
 class Heard(logging.Handler):
@@ -300,9 +317,11 @@ class Heard(logging.Handler):
     def __init__(self):
         super().__init__()
         self.wrong: list[str] = []
+        self.lines = 0
 
     def emit(self, record):
         line = record.getMessage()
+        self.lines += 1
         if not line.isprintable() or len(line) > 550:
             self.wrong.append(line[:600])
 
@@ -311,8 +330,8 @@ def main(kind: str, count: int, seed: int) -> None:
     heard, ended, wrong, slowest_s = Heard(), Counter(), [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         subject = {"manifests": Manifests, "fits": Fits, "datasets": Datasets}[kind](Path(folder))
-        logging.getLogger().handlers[:] = []
-        absl_logging.get_absl_logger().handlers[:] = [heard]
+        absl = absl_logging.get_absl_logger()
+        absl.handlers[:], absl.propagate = [heard], False
         memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (memory + MOST_BYTES, resource.RLIM_INFINITY))
         for i in range(count):
@@ -324,7 +343,17 @@ def main(kind: str, count: int, seed: int) -> None:
             ended[how] += 1
             wrong += [f"case {i}: {text}" for text in (why, *heard.wrong) if text]
             heard.wrong.clear()
-    print(json.dumps({"ended": ended, "wrong": wrong[:20], "num_wrong": len(wrong), "slowest_s": round(slowest_s, 2)}))
+    print(
+        json.dumps(
+            {
+                "ended": ended,
+                "heard": heard.lines,
+                "wrong": wrong[:20],
+                "num_wrong": len(wrong),
+                "slowest_s": round(slowest_s, 2),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -292,6 +292,31 @@ def test_checkpoints_have_the_modes_that_the_umask_leaves(tmp_path, umask):
     assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o666 & ~umask}
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "file", "link", "loop"])
+def test_what_has_the_name_of_a_step_and_is_no_folder_makes_room(tmp_path, kind):
+    """It is passed over, pruned, and overwritten by a save, without a wait and without harm to what a link leads to."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "notes.txt").write_text("precious")
+    folder = tmp_path / "checkpoints"
+    store.save(folder, 5, ARRAYS, {})
+    make = {
+        "pipe": os.mkfifo,
+        "file": Path.touch,
+        "link": lambda p: p.symlink_to(precious),
+        "loop": lambda p: p.symlink_to(p),
+    }
+    for step in (1, 9):
+        make[kind](folder / f"step-{step:08d}")
+    make[kind](folder / "step-00000002.tmp-x")
+    assert store.latest(folder).step == 5
+    assert policy.save(folder, 9, ARRAYS, {}, policy.Keep(2)).is_dir()
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000005", "step-00000009"]
+    assert_same(store.latest(folder).arrays())
+    assert (precious / "notes.txt").read_text() == "precious"
+
+
 # ---- the workdir ----
 
 

@@ -21,6 +21,7 @@ def fuzzed(kind: str, count: int, seed: int = 0) -> dict:
     found = json.loads(done.stdout.splitlines()[-1])
     print(kind, count, found["ended"], f"slowest {found['slowest_s']} s")
     assert not found["num_wrong"], "\n".join(found["wrong"])
+    assert kind == "datasets" or found["heard"] >= found["ended"]["older"]
     assert set(found["ended"]) <= {"good", "older", "2", "3", "4"} and sum(found["ended"].values()) == count
     return found["ended"]
 

@@ -107,18 +107,32 @@ def test_processes_with_equal_numbers_write_one_file_at_once(tmp_path):
 
 
 OPEN = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from tfdist.config import DataConfig
 from tfdist.data import shards
+(Path(sys.argv[3]) / sys.argv[4]).touch()
+while len(list(Path(sys.argv[3]).iterdir())) < 4:
+    time.sleep(0.001)
 print(os.getpid(), shards.open_source(DataConfig(source=sys.argv[1]), Path(sys.argv[2])).data_hash)
 """
 
 
 @pytest.mark.skipif(not may_unshare, reason="this user may not make namespaces")
-def test_processes_with_equal_numbers_open_one_cache_at_once(text_files, tmp_path):
-    command = [*IN_A_NAMESPACE, "--kill-child", sys.executable, "-c", OPEN, f"files:{text_files}/*.txt", str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+def test_processes_with_equal_numbers_open_one_cache_at_once(text_files, tmp_path, tmp_path_factory):
+    ready = str(tmp_path_factory.mktemp("ready"))
+    command = [
+        *IN_A_NAMESPACE,
+        "--kill-child",
+        sys.executable,
+        "-c",
+        OPEN,
+        f"files:{text_files}/*.txt",
+        str(tmp_path),
+        ready,
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(4)]
     try:
         found = [(process.communicate(timeout=60), process.returncode) for process in processes]
     finally:
@@ -211,7 +225,8 @@ def test_what_a_user_put_into_the_folder_of_a_build_stays(text_files, tmp_path):
         found = corpus.plan(f"files:{text_files}/*.txt", "text", fraction)
         with pytest.raises(KeyboardInterrupt):
             build.build(found, "bytes", "source", tmp_path / "out", progress=stop)
-        (tmp_path / "out.building" / "notes.txt").write_text("precious")
+        if fraction == 0.1:
+            (tmp_path / "out.building" / "notes.txt").write_text("precious")
     build.build(found, "bytes", "source", tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "precious" and shards.read(tmp_path / "out").splits
 

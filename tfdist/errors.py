@@ -8,11 +8,9 @@ DONE, INTERNAL, USAGE, DATA, CHECKPOINT, NOT_FINITE, IN_USE, CHECK_FAILED = rang
 PEER_LOST, WATCHDOG, STOPPED = 140, 142, 143
 
 
-_MOST_CHARACTERS = 480  # of a line, which has a word in front
-
-
-def one_line(text: object, at_most: int = _MOST_CHARACTERS) -> str:
-    """What files and strangers say, as a part of a message: printable, in one line, without the middle of a long one."""
+def one_line(text: object, at_most: int = 480) -> str:
+    """What files and strangers say, as a part of a message: printable, in one line, without the middle of a long one. With a
+    word in front it has less than 500 characters."""
     line = " ".join(_short(str(text), 2 * at_most).split())
     return _short(printable(line), at_most)
 

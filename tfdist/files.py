@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,17 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Deletes a folder, or whatever else has the name: of a link the link alone, and a pipe without waiting for it, as
+    `shutil.rmtree` would."""
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+        shutil.rmtree(path, ignore_errors) if is_folder else os.unlink(path)
+    except OSError:
+        if not ignore_errors:
+            raise
 
 
 # ---- reading ----

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from tfdist import files
 from tfdist.checkpoint import store
 from tfdist.errors import CheckpointError
 
@@ -60,7 +61,7 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
             raise
         path = store.save(folder, step, arrays, facts)
     for one in keep.to_delete(store.steps(folder), _is_good_in(folder), step):
-        shutil.rmtree(folder / store.folder_name(one), ignore_errors=True)
+        files.remove(folder / store.folder_name(one), ignore_errors=True)
     return path
 
 
@@ -74,7 +75,7 @@ def _made_room(folder: Path, needed: int, keep: Keep, reason: int | None) -> boo
     for step in given_up:
         path = folder / store.folder_name(step)
         logging.warning("checkpoint: the disk is full; %s is given up for the next one", path)
-        shutil.rmtree(path, ignore_errors=True)
+        files.remove(path, ignore_errors=True)
     return bool(given_up)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,15 +76,15 @@ def save(folder: Path, step: int, arrays: Mapping[str, np.ndarray], facts: Mappi
             raise OSError(errno.EFBIG, f"a manifest of {len(content)} bytes would not be read again")
         files.write(temporary / manifests.NAME, content)
         files.sync_folder(temporary)
-        if final.exists():  # damaged
-            shutil.rmtree(final)
+        if os.path.lexists(final):  # damaged
+            files.remove(final)
         os.rename(temporary, final)
         files.sync_folder(folder)
         _checksums[_stamp((final / _VALUES).stat())] = checksum
         return final
     except OSError as error:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            files.remove(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint: cannot write {final}: {error.strerror or error}") from error
 
 
@@ -191,7 +190,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed save left behind."""
     for path in folder.glob("step-*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        files.remove(path, ignore_errors=True)
 
 
 def folder_name(step: int) -> str:
