@@ -180,19 +180,119 @@ def in_scope(make):
         return make()
 
 
-mean_twice = "fit: expected losses that are means over the rows of a batch, found a sum over them"
-refused(in_scope(lambda: Step(tf.reduce_sum)), mean_twice)
-refused(in_scope(lambda: Step(lambda losses: tf.nn.compute_average_loss(losses[:, 0], global_batch_size=20))), mean_twice)
-refused(in_scope(lambda: Step(lambda losses: 1.0 + 0.5 * tf.reduce_sum(losses, axis=[0, 1]))), mean_twice)
-refused(in_scope(lambda: keras.Sequential([keras.layers.Dense(1), Added()])), mean_twice)
-model = in_scope(dense)
-model.compile("sgd", lambda y_true, y_pred: keras.ops.sum(keras.ops.abs(y_true - y_pred)))
-with pytest.raises(ValueError, match=mean_twice):
-    model.fit(X, Y, verbose=0)
+class Mixing(keras.layers.Layer):
+    """A layer in which rows see each other."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix, self.most = mix, self.add_weight(name="most", trainable=False)
+
+    def call(self, x):
+        return self.mix(self, x)
+
+
+def written(layer, x):
+    layer.most.assign(keras.ops.maximum(layer.most, keras.ops.max(x)))
+    return x
+
+
+class Changed(Step):
+    """Gradients that are changed by a number of this replica's rows."""
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(data[0]) - data[1]))
+        gradients = [gradient * tf.where(loss > 1, 0.1, 1.0) for gradient in tape.gradient(loss, self.trainable_variables)]
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+class Penalised(Step):
+    """The gradient of a gradient through batch normalisation."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.norm = keras.layers.BatchNormalization()
+
+    def train_step(self, data):
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                inner.watch(data[0])
+                predicted = self.dense(self.norm(data[0], training=True))
+            loss = tf.reduce_mean(tf.square(inner.gradient(predicted, data[0])))
+        self.optimizer.apply(outer.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+def taken_apart(losses):
+    return tf.while_loop(lambda i, _: i < tf.shape(losses)[0], lambda i, total: (i + 1, total + losses[i, 0]), (0, 0.0))[1]
+
+
+another = "fit: expected losses that are means or sums over the rows of a batch, found another one"
+for loss in (
+    lambda losses: tf.sqrt(tf.reduce_mean(losses)),
+    lambda losses: tf.reduce_sum(losses * X[0, 0]) / tf.reduce_sum(tf.cast(losses > 0.5, tf.float32)),
+    lambda losses: tf.reduce_mean(losses) * tf.stop_gradient(tf.reduce_mean(losses)),
+    lambda losses: tf.reduce_max(losses),
+    lambda losses: tf.reduce_mean(tf.matmul(losses, losses, transpose_b=True)),
+    lambda losses: tf.reduce_mean(tf.boolean_mask(losses, losses > 0.5)),
+    taken_apart,
+):
+    refused(in_scope(lambda loss=loss: Step(loss)), another)
+refused(in_scope(lambda: Step(lambda losses: tf.sqrt(tf.reduce_mean(losses)))), another, run_eagerly=True)
+refused(in_scope(lambda: keras.Sequential([keras.layers.Dense(1), Added()])), another)
+refused(
+    in_scope(lambda: Step(lambda losses: tf.gradients(tf.reduce_sum(losses), losses)[0])), "found tf.gradients; use a tape"
+)
+alone = "fit: expected a model that computes each row by itself, found an output"
+for mix in (
+    lambda layer, x: x - tf.reduce_mean(x, axis=0),
+    lambda layer, x: x / tf.cast(tf.shape(x)[0], x.dtype),
+    lambda layer, x: x + tf.reduce_max(x, axis=0),
+    lambda layer, x: tf.matmul(tf.nn.softmax(tf.matmul(x, x, transpose_b=True)), x),
+):
+    refused(in_scope(lambda mix=mix: keras.Sequential([Mixing(mix), keras.layers.Dense(1)])), alone)
+refused(
+    in_scope(lambda: keras.Sequential([Mixing(written), keras.layers.Dense(1)])), "expected a step to write means over rows"
+)
+refused(in_scope(lambda: Changed(None)), "expected a train_step to change gradients by what does not depend on the batch")
+refused(in_scope(Penalised), "expected batch normalisation that is differentiated once")
+
+
+class Tempered(Step):
+    """Is given numbers that come with each batch, not with each row."""
+
+    def call(self, inputs):
+        return self.dense(inputs[0] if isinstance(inputs, tuple) else inputs)
+
+    def train_step(self, data):
+        (x, _), y = data
+        return super().train_step((x, y))
+
+
+for rows in (4, None):
+    shapes = (tf.TensorSpec([rows, 3]), tf.TensorSpec([3])), tf.TensorSpec([rows, 1])
+    data = tf.data.Dataset.from_generator(lambda: [((X[:4], np.ones(3)), Y[:4])], output_signature=shapes)
+    model = in_scope(lambda: Tempered(tf.reduce_mean))
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="expected every part of a batch to have an entry for each row, found parts"):
+        model.fit(data, verbose=0)
 for loss in (tf.reduce_mean, lambda losses: tf.reduce_sum(losses) / tf.cast(tf.shape(losses)[0], losses.dtype)):
     model = in_scope(lambda loss=loss: Step(loss))
     model.compile("sgd")
     model.fit(X, Y, verbose=0)
+# random numbers without a seed of their own
+
+
+class Noise(Step):
+    def train_step(self, data):
+        noise = keras.random.normal((keras.ops.shape(data[0])[0], 1))
+        return super().train_step((data[0], noise)) | {"noise": keras.ops.sum(noise)}
+
+
+model = in_scope(lambda: Noise(tf.reduce_mean))
+model.compile("sgd")
+model.fit(X, Y, verbose=0)
 with strategy.scope():
     outside = keras.metrics.Mean(name="of_nobody")
 refused(

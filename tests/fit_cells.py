@@ -567,12 +567,16 @@ def stock_dropout_differs_between_replicas(bench):
         def __init__(self):
             super().__init__()
             self.dropout = keras.layers.Dropout(0.5)
-            self.seen = self.add_weight(shape=(2, 64), initializer="zeros", trainable=False, aggregation="sum")
+            self.seen, self.noise = (
+                self.add_weight(shape=(2, 64), initializer="zeros", trainable=False, aggregation="sum") for _ in range(2)
+            )
 
         def call(self, x, training=None):
             mask = self.dropout(keras.ops.ones_like(x), training=training)
             if training:
-                self.seen.assign(self.seen + keras.ops.one_hot(keras.ops.cast(x[:, 0], "int32"), 2, axis=0) @ mask)
+                place = keras.ops.one_hot(keras.ops.cast(x[:, 0], "int32"), 2, axis=0)
+                self.seen.assign(self.seen + place @ mask)
+                self.noise.assign(self.noise + place @ tf.random.normal(tf.shape(x), dtype=x.dtype))
             return x
 
     with bench.scope():
@@ -580,7 +584,9 @@ def stock_dropout_differs_between_replicas(bench):
         model.compile("sgd", "mse")
     x = np.repeat([[0.0], [1.0]], 64, 1).astype(bench.dtype)
     model.fit(x, np.zeros((2, 1), bench.dtype), shuffle=False, verbose=0)
-    (seen,) = [w for w in model.weights if w.shape == (2, 64)]
+    seen, noise = [w for w in model.weights if w.shape == (2, 64)]
+    first, second = np.asarray(noise.numpy())
+    assert not np.allclose(first, second), (first, second)
     first, second = np.asarray(seen.numpy())
     assert (first != second).any() and 0.2 < (first > 0).mean() < 0.8, (first, second)
 
@@ -864,8 +870,8 @@ def generative_adversarial_network(bench):
         gan.compile(keras.optimizers.Adam(0.003), keras.optimizers.RMSprop(0.003), loss)
     images = tf.data.Dataset.from_tensor_slices(bench.uniform(13, 4, 4)).batch(4)
     bench.keep("history", gan.fit(images, epochs=2, verbose=0).history)
-    bench.keep_variables(generator, "generator")
-    bench.keep_variables(discriminator, "discriminator")
+    bench.keep_variables(generator, "var/generator")
+    bench.keep_variables(discriminator, "var/discriminator")
 
 
 @cell
@@ -943,7 +949,7 @@ def fine_tuning_with_frozen_layers_and_batch_normalization(bench):
         model.compile(optimizer="adam", loss=loss, metrics=[keras.metrics.BinaryAccuracy()])
     model.optimizer.learning_rate = 1e-5
     bench.keep("second", model.fit(x, y, batch_size=4, epochs=2, verbose=0).history)
-    bench.keep_variables(model, "second")
+    bench.keep_variables(model, "var/second")
 
 
 @cell
@@ -1057,6 +1063,100 @@ def gradients_changed_by_hand(bench):
             model = Model(kind)
             model.compile(keras.optimizers.Adam(0.01), run_eagerly=eager)
         bench.fit(model, x, y, batch_size=4)
+
+
+def _rmse(y, p):
+    return keras.ops.sqrt(keras.ops.mean(keras.ops.square(y - p)))
+
+
+def _in_batch_negatives(y, p):
+    """Each row's own is to be the nearest: rows are compared."""
+    scores = keras.ops.matmul(p, keras.ops.transpose(y))
+    return keras.losses.sparse_categorical_crossentropy(keras.ops.arange(keras.ops.shape(y)[0]), scores, from_logits=True)
+
+
+def _ratio(y, p):
+    counts = keras.ops.cast(y > 0, p.dtype)
+    return keras.ops.sum(keras.ops.abs(y - p) * counts) / (keras.ops.sum(counts) + 1)
+
+
+class Largest(keras.metrics.Metric):
+    """A state that does not add up, beside a number of batches."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.most, self.batches = (self.add_weight(name=name, initializer="zeros") for name in ("most", "batches"))
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.most.assign(keras.ops.maximum(self.most, keras.ops.max(keras.ops.abs(y_true - y_pred))))
+        self.batches.assign_add(1.0)
+
+    def result(self):
+        return self.most + 100 * self.batches
+
+
+@cell
+def losses_and_metrics_that_are_no_sum_over_rows(bench):
+    """Of all rows: a root of a mean, Keras' Dice, rows that are compared, a quotient of sums, a maximum."""
+    x, y = bench.normal(13, 5), (bench.uniform(13, 3) > 0.5).astype(bench.dtype)
+    losses = {
+        "rmse": _rmse, "dice": keras.losses.Dice(), "tversky": "tversky", "compared": _in_batch_negatives, "ratio": _ratio,
+        "largest": lambda y, p: keras.ops.max(keras.ops.square(y - p)), "rows": lambda y, p: keras.ops.sum((y - p) ** 4, -1),
+        "sum": lambda y, p: keras.ops.sum(keras.ops.square(y - p)), "mean": lambda y, p: keras.ops.mean((y - p) ** 2),
+    }  # fmt: skip
+    for name, loss in losses.items():
+        with bench.scope():
+            model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3, activation="sigmoid")], name=name)
+            model.compile(keras.optimizers.SGD(0.1), loss, metrics=[_rmse, Largest(name="largest"), _ratio])
+        bench.fit(model, x, y, batch_size=4, validation_split=0.2)
+
+
+@cell
+def losses_of_a_train_step_in_many_forms(bench):
+    """Sums over rows, in whatever words; lists and vectors of losses; TensorFlow's averages; gradients to the input."""
+
+    def squares(model, x, y):
+        return keras.ops.square(model(x) - y)[:, 0]
+
+    def adversarial(model, x, y):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = keras.ops.mean(squares(model, x, y))
+        return keras.ops.mean(squares(model, x + 0.1 * keras.ops.sign(tape.gradient(loss, x)), y))
+
+    losses = {
+        "sum": lambda *args: tf.reduce_sum(squares(*args)),
+        "squeezed": lambda *args: tf.squeeze(tf.reduce_sum(squares(*args), axis=0, keepdims=True)),
+        "l2": lambda model, x, y: tf.nn.l2_loss(model(x) - y),
+        "einsum": lambda model, x, y: tf.einsum("ij,ij->", model(x) - y, model(x) - y),
+        "average": lambda *args: tf.nn.compute_average_loss(squares(*args)),
+        "average_of_four": lambda *args: tf.nn.compute_average_loss(squares(*args), global_batch_size=4),
+        "rows_and_a_mean": lambda *args: [squares(*args), tf.reduce_mean(squares(*args))],
+        "one_for_each_task": lambda model, x, y: tf.reduce_mean(keras.ops.square(tf.concat([model(x) - y] * 2, 1)), axis=0),
+        "adversarial": adversarial,
+    }  # fmt: skip
+
+    class Model(keras.Model):
+        def __init__(self, loss_of, name):
+            super().__init__(name=name)
+            self.hidden, self.out, self.loss_of = keras.layers.Dense(4, "tanh"), keras.layers.Dense(1), loss_of
+
+        def call(self, x):
+            return self.out(self.hidden(x))
+
+        def train_step(self, data):
+            with tf.GradientTape() as tape:
+                loss = self.loss_of(self, *data)
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"rows": keras.ops.shape(data[0])[0], "total": keras.ops.sum(data[1])}
+
+    x, y = bench.normal(11, 5), bench.normal(11, 1)
+    for name, loss in losses.items():
+        for eager in (False, True) if name in ("sum", "average_of_four") else (False,):
+            with bench.scope():
+                model = Model(loss, f"{name}_{eager}")
+                model.compile(keras.optimizers.SGD(0.05), run_eagerly=eager)
+            bench.fit(model, x, y, batch_size=4)
 
 
 def make_strategy(name: str):

@@ -165,6 +165,8 @@ def _zygote() -> socket.socket:
     path = folder / "zygote"
     with open(folder / "zygote.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and not _answers(path):  # one that has died
+            path.unlink()
         if not path.exists():
             with open(folder / "zygote.log", "w") as log:
                 process = subprocess.Popen(
@@ -178,6 +180,11 @@ def _zygote() -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(str(path))
     return connection
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        return connection.connect_ex(str(path)) == 0
 
 
 def session_folder() -> Path:

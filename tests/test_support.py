@@ -74,11 +74,13 @@ SHOWN = {
             "numpy_with_sample_weights_validation_and_uneven_batches",
             "convolution_with_batch_norm_class_weight_and_validation_split",
             "a_subclass_that_computes_its_own_loss_and_metrics",
+            "losses_and_metrics_that_are_no_sum_over_rows",
         )
     ],
     "`fit`: a `train_step` of one's own (losses are means over rows; gradients are those of the global batch)": [
         "fit_cells:a_train_step_of_its_own",
         "fit_cells:gradients_changed_by_hand",
+        "fit_cells:losses_of_a_train_step_in_many_forms",
         "fit_cells:masked_language_model",
     ],
     "`fit`: a `train_step` that computes again after an update (GANs)": [

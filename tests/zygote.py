@@ -64,6 +64,8 @@ def serve(path: str, owner_pid: int) -> dict:
                 client.send(str(pid).encode())
                 events.register(os.pidfd_open(pid), selectors.EVENT_READ, ("ended", pid))
                 events.register(client, selectors.EVENT_READ, ("left", pid))
+            elif key.data[1] not in children:  # its end and its caller's came at once
+                continue
             elif key.data[0] == "left":  # nobody waits for it any more
                 events.unregister(key.fileobj)
                 _kill(key.data[1])

@@ -59,6 +59,7 @@ class InForce:
                 for part in (
                     fit_patches.losses_of_replicas(hooks.in_replica, hooks.reduce_loss),
                     fit_patches.losses_called(hooks.loss_of),
+                    fit_patches.seeds_of_replicas(hooks.seed_generator),
                     fit_patches.functions_of_tensorflow(hooks.in_several_replicas, hooks.refuse_function),
                     fit_patches.means_of_replicas(hooks.values_of_mean),
                     fit_patches.updates_of_replicas(hooks.in_replica, hooks.apply_gradients, hooks.apply_by_hand),

@@ -44,12 +44,13 @@ class Steps:
         self.metrics = _each_once([variable for metric in self.metrics_of_model for variable in metric.variables])
         self.own_step = not is_stock(model, "train_step")
         self.whole_results = bool(model.run_eagerly)  # in a step: see ComputedFromResults, which only a graph shows
+        self.seed_generator: keras.random.SeedGenerator | None = None  # of what has no seed of its own
         self.layer_state = _written_by_layers(model, self.metrics)
         self.layer_seeds = [*state.layer_seeds(model), *self._seed_of_keras()]
         self._bind()
         self.stop: Any = False  # see stop_requested
         self.done = 0  # steps
-        self.plan: list[tuple[list, list]] | None = None  # see _plan
+        self.plan: list[tuple[list, list, set]] | None = None  # see _plan
         self.planned = strategy.num_replicas == 1  # whether a step that runs eagerly has tried to make one
         self.logged: dict[str, Any] = {}  # by the last traced step: which result of which metric each log is, if it is one
 
@@ -71,7 +72,8 @@ class Steps:
         if self.strategy.num_replicas == 1:
             return []
         with self.strategy.scope():
-            seed = seed_generator_of_keras().state
+            self.seed_generator = seed_generator_of_keras()
+        seed = self.seed_generator.state
         return [seed] if self.tf_strategy.extended.variable_created_in_scope(seed.value) else []
 
     def stop_requested(self) -> bool:
@@ -98,7 +100,9 @@ class Steps:
             replica, batch = self._replica(data)
             replica.gradients.updates, found[replica.local] = [], replica
             with replica.computing():
-                self.model.train_step(batch)
+                logs = self.model.train_step(batch)
+                if self.model.run_eagerly:
+                    replica.logs.note(logs)
 
         find = tf.function(lambda batch: self._run(on_replica, batch), autograph=False)
         find.get_concrete_function(element_spec)
@@ -107,7 +111,7 @@ class Steps:
     def _plan(self, element_spec) -> None:
         """Finds out what the look-ups of a step have in common on several replicas: see `RowsAreKnown`."""
         replicas = self._traced(tf.nest.map_structure(_any_number_of_rows, element_spec))
-        self.plan = [(replica.gradients.kinds, replica.gradients.targets) for replica in replicas]
+        self.plan = [(one.gradients.kinds, one.gradients.targets, one.logs.added) for one in replicas]
 
     def _plan_eager(self, batch) -> None:
         """The same for a step that runs eagerly, where no graph shows it. What cannot be traced has no plan."""
@@ -253,10 +257,11 @@ class Steps:
             rows[local], first_rows[local], total, fingerprint, self.quirks, self.metrics_of_model, self.whole_results,
             self.own_step,
         )  # fmt: skip
+        replica.seed_generator = self.seed_generator
         batch = tf.nest.map_structure(_without_optional, parts[local])
         replica.gradients.begin(batch)
         if self.plan is not None:
-            replica.gradients.plan, replica.gradients.planned_targets = self.plan[local]
+            replica.gradients.plan, replica.gradients.planned_targets, replica.logs.added = self.plan[local]
         return replica, batch
 
     def _train(self, data):
@@ -331,7 +336,13 @@ class Steps:
         for seed, value in zip(self.layer_seeds, before, strict=True):
             own = tf.cast((replica.index * _SEED_STRIDE) % 2**32, value.dtype)
             seed.assign(tf.stack([value[0] + own, value[1]]))
+        graph = tf.compat.v1.get_default_graph()
+        of_graph = None if tf.executing_eagerly() else graph.seed
+        if of_graph is not None:  # that of `tf.random` ops, which all workers have set alike
+            graph.seed = (of_graph + replica.index * _SEED_STRIDE) % 2**31
         yield
+        if of_graph is not None:
+            graph.seed = of_graph
         for seed, value in zip(self.layer_seeds, before, strict=True):
             seed.assign(tf.stack([value[0], seed.value[1]]))
 

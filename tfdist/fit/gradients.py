@@ -57,8 +57,8 @@ class Gradients:
     # ---- of a tape ----
 
     def of_tape(self, stock, target, sources, output_gradients, *args, **kwargs):
-        """What a tape gives in a step: so that the sum by shares is right. In a step of the model's own it is the gradient of
-        the global batch, because of what it may do with it."""
+        """What a tape gives in a step: so that the sum by shares is right. In a step of the model's own it is the gradient
+        of the global batch, because of what it may do with it."""
         of_variables = [isinstance(one, (keras.Variable, tf.Variable)) for one in tf.nest.flatten(sources)]
         output_gradients = self._weighed(tf.nest.flatten(target), tf.nest.flatten(output_gradients), any(of_variables))
         found = tf.nest.flatten(stock(tf.nest.flatten(target), sources, output_gradients, *args, **kwargs))

@@ -37,6 +37,11 @@ def _several() -> Replica | None:
     return replica if replica is not None and replica.count > 1 and not replica.whole.everywhere else None
 
 
+def seed_generator(stock) -> keras.random.SeedGenerator:
+    replica = current()
+    return (replica and replica.seed_generator) or stock()
+
+
 def in_several_replicas() -> bool:
     return _several() is not None
 

@@ -53,6 +53,7 @@ class Replica:
         self.local, self.index, self.count = local, index, count
         self.rows, self.first_row, self.total, self.fingerprint = rows, first_row, total, fingerprint
         self.compiled = False  # inside of XLA no collective can stand
+        self.seed_generator: keras.random.SeedGenerator | None = None  # of random numbers without a seed of their own
         self.in_step = False  # while the model's own code runs, on one of several replicas
         self.written: dict[int, keras.Variable] = {}  # in this step so far, by id
         self.gradients, self.logs = Gradients(self, own_step), Logs(self, metrics, whole_results)
@@ -121,7 +122,8 @@ class Replica:
         if not self.in_step or tf.executing_eagerly() or not tf.is_tensor(value):
             return
         of_metric = id(getattr(variable.value, "handle", variable.value)) in self.logs.state_ids()
-        if not of_metric and self.of(value) in (Of.MIXED, Of.SUM):
+        refused = (Of.MIXED,) if variable.aggregation == "sum" else (Of.MIXED, Of.SUM)
+        if not of_metric and self.of(value) in refused:
             raise UserError(
                 f"fit: expected a step to write means over rows into {variable.path}, or what does not depend on the batch, "
                 "found a sum, a maximum or the like, on which several replicas cannot agree; write a mean, or train on one "

@@ -44,9 +44,9 @@ class Whole:
         for leaf in () if tf.executing_eagerly() or self.given is not None else tf.nest.flatten(predicted):
             if tf.is_tensor(leaf) and self.replica.of(leaf) is Of.MIXED:
                 raise UserError(
-                    f"fit: expected a model that computes each row by itself, found an output ({leaf.name}) that rows share: "
-                    "their mean, sum, maximum or number, or a comparison; several replicas see their own rows alone: train "
-                    "it on one device"
+                    f"fit: expected a model that computes each row by itself, found an output ({leaf.name}) that rows "
+                    "share (their mean, sum, maximum or number, or a comparison); several replicas see their own rows "
+                    "alone: train it on one device"
                 )
 
     def update(self, stock: Callable, metric: keras.Metric, args: tuple, kwargs: dict) -> Any:

@@ -380,12 +380,25 @@ def results_of_an_epoch(model: keras.Model):
 def seed_generator_of_keras() -> keras.random.SeedGenerator:
     """The one that draws seeds for random numbers of `keras.random` without a seed of their own; made now if there is none.
 
-    What: `global_seed_generator` of keras/src/random/seed_generator.py. Why: made in a step it is a variable that a graph
-    makes, which TensorFlow refuses on several replicas. Versions: Keras 3.10-3.15.
+    What: `global_seed_generator` of keras/src/random/seed_generator.py. Versions: Keras 3.10-3.15.
     """
     from keras.src.random.seed_generator import global_seed_generator
 
     return global_seed_generator()
+
+
+@contextlib.contextmanager
+def seeds_of_replicas(chosen: Callable):
+    """Inside, that generator is `chosen(stock)`.
+
+    What, versions: as above. Why: it is one of a thread, and that of a replica's thread, made in a step, is a variable that
+    a graph makes, which TensorFlow refuses.
+    """
+    from keras.src.random import seed_generator as module
+
+    stock = module.global_seed_generator
+    with _replaced(module, global_seed_generator=lambda: chosen(stock)):
+        yield
 
 
 class Quirks(NamedTuple):
