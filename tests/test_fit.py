@@ -127,7 +127,7 @@ def test_the_cells_do_train():
         for key in arrays:
             name, _, place = key.rpartition("/")
             if key.startswith(f"{cell}|") and place.isdigit() and arrays[key].size == 1:
-                series.setdefault(name, []).append(float(arrays[key]))
+                series.setdefault(name, []).append(arrays[key].item())
         moving = [found for found in series.values() if len(found) > 1 and np.isfinite(found).all() and len(set(found)) > 1]
         assert moving or cell in ALL_CHECKS_INSIDE, (cell, series)
 

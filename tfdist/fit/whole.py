@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfdist.errors import UserError
 from tfdist.fit.rows import Of, Rows
+from tfdist.patches.fit import give_mask, mask_of
 
 if TYPE_CHECKING:
     from tfdist.fit.replica import Replica
@@ -103,8 +104,8 @@ class Whole:
         if not leaf.shape.rank:  # a number of this replica, which counts by its share
             return self.replica.means([leaf])[0]
         rows = self.replica.rows_of_all(leaf)
-        if (mask := getattr(leaf, "_keras_mask", None)) is not None:
-            rows._keras_mask = self.replica.rows_of_all(mask)
+        if (mask := mask_of(leaf)) is not None:
+            give_mask(rows, self.replica.rows_of_all(mask))
         return rows
 
 

@@ -377,6 +377,20 @@ def results_of_an_epoch(model: keras.Model):
     return _replaced(model, _get_metrics_result_or_logs=lambda logs: stock(logs or model.get_metrics_result()))
 
 
+def mask_of(tensor: tf.Tensor) -> tf.Tensor | None:
+    """Which places of a layer's output count. What: keras/src/backend/common/masking.py. Versions: Keras 3.10-3.15."""
+    from keras.src.backend import get_keras_mask
+
+    return get_keras_mask(tensor)
+
+
+def give_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
+    """See `mask_of`."""
+    from keras.src.backend import set_keras_mask
+
+    set_keras_mask(tensor, mask)
+
+
 def seed_generator_of_keras() -> keras.random.SeedGenerator:
     """The one that draws seeds for random numbers of `keras.random` without a seed of their own; made now if there is none.
 
