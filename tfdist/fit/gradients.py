@@ -47,7 +47,7 @@ class Gradients:
     def begin(self, batch) -> None:
         """A step, or what of it is compiled, begins to be traced on this batch."""
         self.batch = [leaf for leaf in tf.nest.flatten(batch, expand_composites=True) if leaf is not None]
-        self.kinds, self.targets = [], []
+        self.kinds, self.targets, self.replica.reader = [], [], None
 
     def nothing_updated(self) -> None:
         """Raises `UserError` where a step of a worker computes again after an update, which the servers do at its end."""

@@ -58,6 +58,7 @@ class Replica:
         self.written: dict[int, keras.Variable] = {}  # in this step so far, by id
         self.gradients, self.logs = Gradients(self, own_step), Logs(self, metrics, whole_results)
         self.whole = Whole(self)
+        self.reader: Rows | None = None  # of the graph that is being traced
         self.known: dict[int, tuple[Of, tf.Tensor]] = {}  # tensors that the graph alone does not explain, by their id
         for tensor, of in ((rows, Of.COUNT), (total, Of.NOTHING)):
             self.know(tensor, of)
@@ -65,12 +66,16 @@ class Replica:
     def know(self, tensor, of: Of):
         """Returns a tensor of this step, of which this is known from now on."""
         self.known[id(tensor)] = of, tensor  # which stays alive, and so does its id
+        if self.reader is not None:
+            self.reader.know(tensor, of)
         return tensor
 
     def of(self, tensor: tf.Tensor) -> Of:
         """How a tensor of this step, which is being traced, goes with the rows of the batch."""
-        state = dict.fromkeys(self.logs.state_ids(), Of.UNKNOWN)  # of metrics: each replica has its own
-        return Rows(self.gradients.batch, state | {key: of for key, (of, _) in self.known.items()}).of(tensor)
+        if self.reader is None:
+            state = dict.fromkeys(self.logs.state_ids(), Of.UNKNOWN)  # of metrics: each replica has its own
+            self.reader = Rows(self.gradients.batch, state | {key: of for key, (of, _) in self.known.items()})
+        return self.reader.of(tensor)
 
     def share(self, dtype) -> tf.Tensor:
         return tf.cast(self.rows / self.total, dtype)

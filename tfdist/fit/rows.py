@@ -92,6 +92,11 @@ class Rows:
         self.sizes = {t.shape[0] for t in tensors if t.shape.rank and t.shape[0]}  # where the number of rows is a constant
         self.strict = strict
         self.found: dict[tuple, Of] = {}
+        self.nodes: list[Node] = []  # of `found`, whose tensors, and their ids, live as long as this
+
+    def know(self, tensor: tf.Tensor, of: Of) -> None:
+        """A tensor that was just made is this."""
+        self.known[id(tensor)] = of
 
     def of(self, tensor: tf.Tensor) -> Of:
         """What a tensor is made of."""
@@ -102,13 +107,17 @@ class Rows:
             if _key(node) in self.found:
                 rest.pop()
             elif (leaf := self._leaf(node)) is not None:
-                self.found[_key(node)] = leaf
+                self._note(node, leaf)
             elif waiting := [one for one in node.inputs() if _key(one) not in self.found]:
                 rest += waiting
             else:
                 inputs = node.inputs()
-                self.found[_key(node)] = self._rule(node, inputs, [self.found[_key(one)] for one in inputs])
+                self._note(node, self._rule(node, inputs, [self.found[_key(one)] for one in inputs]))
         return self.found[_key(first)]
+
+    def _note(self, node: Node, of: Of) -> None:
+        self.found[_key(node)] = of
+        self.nodes.append(node)
 
     def _leaf(self, node: Node) -> Of | None:
         """Where the way back ends; None: it goes on."""
@@ -157,8 +166,9 @@ class Rows:
         if kind == "Einsum":
             return self._einsum(node, kinds)
         if kind in _LAST_DIM:
-            is_last = inputs[0].tensor.shape.rank != 1
-            return Of.ROWS if set(kinds) <= {Of.ROWS, Of.NOTHING} and is_last else self._other(node, kinds)
+            if inputs[0].tensor.shape.rank == 1:  # over the rows
+                return Of.MIXED
+            return Of.ROWS if set(kinds) <= {Of.ROWS, Of.NOTHING} else self._other(node, kinds)
         if kind in ("GatherV2", "GatherNd"):
             return self._gathered(node, inputs, kinds)
         if kind == "Where":
@@ -190,7 +200,10 @@ class Rows:
         if of in (Of.SUM, Of.MEAN, Of.COUNT, Of.UNKNOWN, Of.NOTHING, Of.INVERSE):
             return of
         masks = [node.op.get_attr(f"{name}_mask") & 1 for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")]
-        whole = masks in ([1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 1, 0, 0]) or not (len(begin) if begin is not None else 1)
+        places = inputs[1].tensor.shape.num_elements()
+        whole = masks == [1, 1, 0, 0, 0] or places == 0
+        if masks[2]:  # x[..., :2], which is the first dim of a vector
+            whole = bool(places and inputs[0].tensor.shape.rank and places - 1 < inputs[0].tensor.shape.rank)
         if whole:
             return of
         if masks[3]:
