@@ -1,5 +1,6 @@
 """What tfdist prints, whatever happens to stdout and stderr: what cannot be written is dropped, and ends or stops nobody."""
 
+import asyncio
 import contextlib
 import io
 import os
@@ -18,6 +19,7 @@ from tfdist.errors import printable
 _MOST_WAITING_BYTES = 8 << 20
 _LAST_WORDS_S = 2.0
 _STREAMS = {"stdout": 1, "stderr": 2}
+_waiting: list["_Detached"] = []  # those of this process, inside of `detached`
 
 
 def say(text: str) -> None:
@@ -43,9 +45,11 @@ def detached() -> Iterator[None]:
     before = {name: getattr(sys, name) for name in _STREAMS}
     streams = {name: _Detached(fd) for name, fd in _STREAMS.items() if _is_of_system(name)}
     _replace(streams)
+    _waiting.extend(streams.values())
     try:
         yield
     finally:
+        _waiting.clear()
         for name in streams:
             getattr(sys, name).flush()
             streams[name].waiting.put(None)
@@ -54,6 +58,13 @@ def detached() -> Iterator[None]:
             stream.thread.join(max(0.0, until_s - time.monotonic()))
         for name in streams:
             _put(name, before[name])
+
+
+async def passed_on(at_most_s: float) -> None:
+    """Waits until what was printed has been passed on: what others write to the same place comes behind it then."""
+    until_s = time.monotonic() + at_most_s
+    while any(stream.given != stream.taken for stream in _waiting) and time.monotonic() < until_s:
+        await asyncio.sleep(0.01)
 
 
 class _Dropping(io.RawIOBase):

@@ -20,7 +20,7 @@ from tfdist.cluster.spec import Cluster, Task
 from tfdist.cluster.wire import Connection
 from tfdist.errors import DONE, INTERNAL, PEER_LOST, STOPPED, WATCHDOG, Failure, UserError
 from tfdist.launch import process, protocol, restarts
-from tfdist.launch.output import detached, say
+from tfdist.launch.output import detached, passed_on, say
 from tfdist.launch.process import LAUNCHER_FD, Child
 from tfdist.launch.starter import Starter
 from tfdist.launch.watchdog import Limits, Seen, Verdict, describe_exit, is_frozen, is_lost, judge, silent
@@ -32,6 +32,7 @@ _SHARED = ("phase", "step", "batches", "steps", "ticks", "suspended", "exiting",
 _NOTHING_TO_SAVE = ("start", "import", "data", "build")  # phases in which a stop need not wait
 _STOP_GRACE_S = 5.0
 _GOODBYE_S = 1.0
+_PRINTED_S = 0.5
 _SECOND_SIGNAL_S = 0.8  # sooner, it is the same wish by another way: the whole process group, or the launcher as well
 
 
@@ -312,6 +313,7 @@ class Supervisor:
         if verdict.exit_code not in (DONE, STOPPED):
             say(f"{verdict.message}; the group is stopped")
         if verdict.stacks and self.child.poll() is None:
+            await passed_on(_PRINTED_S)  # stacks come in pieces, and a line between them would not be known for one
             await self.child.write_stacks()
         self.child.kill()
         self.starter.report(verdict)
