@@ -25,9 +25,9 @@ test-all: $(INSTALLED)  ## what `make test` leaves out: every feature on every s
 test-matrix: $(INSTALLED)  ## every cell on every strategy in both precisions, of which `make test-all` runs a choice
 	$(PYTEST) --slow --matrix $(IN_LANES) tests/test_equality.py tests/test_fit.py -k test_every_cell
 
-test-versions: $(OLDEST)/.installed  ## fit and what it replaces in Keras, at the other end of the supported versions
+test-versions: $(OLDEST)/.installed  ## each feature of fit, and what it replaces in Keras, at the other end of the supported versions
 	$(OLDEST)/bin/python -m pytest -q --slow $(IN_LANES) tests/test_upstream.py tests/test_fit.py tests/test_fit_checkpoint.py \
-		-k "upstream or every_cell and mirrored:2-float64 or interrupted"
+		-k "upstream or cross_section and mirrored or every_cell and float32 or interrupted"
 
 bench: $(INSTALLED)  ## the table of docs/benchmarks.md
 	$(BIN)/python benchmarks/step.py

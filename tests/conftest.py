@@ -2,6 +2,7 @@
 their own (results.py)."""
 
 import functools
+import importlib
 import json
 import os
 
@@ -124,9 +125,12 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_terminal_summary(terminalreporter):
     """Features by layouts, of the pairs that passed."""
     passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
-    found = [re.search(r"test_equality.py::test_every_cell\[([\w:]+)-float64-(\w+)\]", nodeid) for nodeid in passed]
-    if done := {match.groups() for match in found if match}:
-        from test_support import FEATURES
-
-        terminalreporter.section("features by layouts: cells that equal one device in float64")
-        terminalreporter.write_line(pairs.table(done, STRATEGIES, FEATURES))
+    for module, layouts, oracle in (
+        ("test_support", STRATEGIES, "test_equality"),
+        ("test_fit", ("mirrored:2", "multi_worker:2x1"), "test_fit"),
+    ):
+        found = [re.search(rf"{oracle}.py::test_every_cell\[([\w:]+)-float64-(\w+)\]", nodeid) for nodeid in passed]
+        if done := {match.groups() for match in found if match}:
+            features = importlib.import_module(module).FEATURES
+            terminalreporter.section(f"{oracle}: features by layouts, cells that equal one device in float64")
+            terminalreporter.write_line(pairs.table(done, layouts, features))

@@ -77,7 +77,7 @@ SHOWN = {
             "losses_and_metrics_that_are_no_sum_over_rows",
         )
     ],
-    "`fit`: a `train_step` of one's own (losses are means over rows; gradients are those of the global batch)": [
+    "`fit`: a `train_step` of one's own (losses: means or sums over rows; gradients: of the global batch)": [
         "fit_cells:a_train_step_of_its_own",
         "fit_cells:gradients_changed_by_hand",
         "fit_cells:losses_of_a_train_step_in_many_forms",

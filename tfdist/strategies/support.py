@@ -79,7 +79,7 @@ TABLE: dict[str, dict[str, str]] = {
         ("`fit`: the optimizer's own clipping, accumulation, averages, loss scale, decay, schedules", YES, YES),
         ("`fit`: masks, sample and class weights, every reduction of losses, uneven batches", YES, YES),
         (
-            "`fit`: a `train_step` of one's own (losses are means over rows; gradients are those of the global batch)",
+            "`fit`: a `train_step` of one's own (losses: means or sums over rows; gradients: of the global batch)",
             YES,
             YES,
         ),
