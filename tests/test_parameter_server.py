@@ -33,7 +33,7 @@ def train(text_files):
 
 def rows(workdir, kind: str) -> list[dict]:
     path = Path(workdir) / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]  # the last one may be half written
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
