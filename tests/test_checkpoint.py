@@ -148,8 +148,10 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
 
 
 def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
-    (tmp_path / "step-00000009.tmp-abc").mkdir()
+    (tmp_path / "step-00000009.tmp-0123456789abcdef").mkdir()
+    (tmp_path / "step-by-step.tmp-notes").mkdir()
     store.save(tmp_path, 5, ARRAYS, {})
+    (tmp_path / "step-by-step.tmp-notes").rmdir()  # the user's own
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
 
 
@@ -309,7 +311,7 @@ def test_what_has_the_name_of_a_step_and_is_no_folder_makes_room(tmp_path, kind)
     }
     for step in (1, 9):
         make[kind](folder / f"step-{step:08d}")
-    make[kind](folder / "step-00000002.tmp-x")
+    make[kind](folder / "step-00000002.tmp-0123456789abcdef")
     assert store.latest(folder).step == 5
     assert policy.save(folder, 9, ARRAYS, {}, policy.Keep(2)).is_dir()
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000005", "step-00000009"]
@@ -392,6 +394,7 @@ def test_a_checkpoint_is_hashed_once_and_the_one_just_written_never(tmp_path, mo
         ([10, 20, 30], [], 90, 10, []),
         ([10, 20, 30], [], 90, 20, [10]),
         ([10, 20, 30], [], 0, 0, []),
+        ([10, 20, 30], [10, 20, 30], 90, 0, []),  # they may be all that there is
         ([], [], 10, 0, []),
     ],
 )

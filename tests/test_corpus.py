@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from processes import run, tfdist
 
 from tfdist import files
 from tfdist.config import DataConfig
-from tfdist.data import build, corpus, documents, pieces, shards, tfds_source, token_files, tokenizer, verified
+from tfdist.data import build, corpus, documents, globs, pieces, shards, tfds_source, token_files, tokenizer, verified
 from tfdist.data.index import data_hash, documents_of
 from tfdist.data.tokenizer import ByteTokenizer
 from tfdist.errors import DataError
@@ -187,6 +188,23 @@ def test_globs_reach_into_folders(tmp_path):
     for name in ("docs/a.txt", "docs/deep/b.txt"):
         (tmp_path / name).write_text("text " * 50)
     assert set(parts_of(f"files:{tmp_path}/docs/**/*.txt")) == {"a.txt", "deep/b.txt"}
+
+
+def test_a_file_with_several_paths_has_the_one_without_a_link(tmp_path):
+    for folder in "AB":
+        (tmp_path / folder).mkdir()
+    (tmp_path / "B" / "y.txt").write_text("text")
+    (tmp_path / "A" / "x.txt").symlink_to("../B/y.txt")
+    assert globs.files_of([f"{tmp_path}/A/*.txt", f"{tmp_path}/**/*.txt"]) == ([f"{tmp_path}/B/y.txt"], [])
+
+
+def test_a_line_without_an_end_is_read_once(tmp_path, small_pieces, monkeypatch):
+    path, ticks = tmp_path / "a.jsonl", []
+    path.write_bytes(b"x" * (1 << 16) + b"\n{}\n")
+    monkeypatch.setattr(pieces, "_LINE_BYTES", 1 << 10)
+    monkeypatch.setattr(pieces, "supervisor", lambda: types.SimpleNamespace(tick=lambda: ticks.append(1)))
+    assert len(pieces._cut_at_line(pieces.Span(str(path), "a", 0, path.stat().st_size), 1 << 11)) < 4
+    assert len(ticks) <= 1 << 6
 
 
 def test_bad_records_are_skipped_within_a_budget(tmp_path):

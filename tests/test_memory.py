@@ -13,6 +13,7 @@ PROGRAM = """
 import json, resource, sys
 import keras, numpy as np, tensorflow as tf, tfdist
 jit_compile, accumulate_steps, clip_norm = json.loads(sys.argv[1])
+tf.config.threading.set_inter_op_parallelism_threads(1)  # else it depends on what happens to run at once
 strategy = tfdist.OneDevice()
 with strategy.scope():
     layers = [keras.layers.Dense(6000, use_bias=False) for _ in range(2)]

@@ -1,6 +1,7 @@
 """Rows of metrics on disks that do not take them: whole lines or none, the lost ones named, and training never ends."""
 
 import contextlib
+import fcntl
 import json
 import random
 import resource
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tfdist.metrics import writers
+from tfdist.metrics import report, writers
 from tfdist.metrics.writers import JsonLines, TensorBoard, read_all, read_rows
 
 
@@ -67,6 +68,41 @@ def test_what_a_killed_run_left_is_cut_off(tmp_path, tail, steps):
     writer.close()
     assert [one["step"] for one in read_rows(path, "train")] == [one["step"] for one in read_all(path)] == steps
     assert path.read_bytes().endswith(json.dumps(row(3)).encode() + b"\n")
+
+
+def test_two_writers_of_one_file_glue_nothing_and_wait_for_nobody(tmp_path, monkeypatch):
+    """An evaluator and the chief, whose disk becomes full in the middle of a row; one that was stopped in a row."""
+    monkeypatch.setattr(writers, "_LOCK_S", 0.1)
+    path = tmp_path / "metrics.jsonl"
+    chief, evaluator = JsonLines(path), JsonLines(path)
+    chief.write(row(1))
+    with open(path, "ab") as torn:  # by a process that was killed
+        torn.write(json.dumps(row(2)).encode()[:20])
+    evaluator.write(row(3))
+    with no_file_above(path.stat().st_size + 20):
+        chief.write(row(4))
+    evaluator.write(row(5))
+    with open(path) as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        chief.write(row(6))
+    chief.write(row(7))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [one["step"] for one in rows if one["kind"] == "train"] == [1, 3, 5, 7]
+    assert [(one["first_step"], one["last_step"]) for one in rows if one["kind"] == "event"] == [(4, 6)]
+
+
+def test_a_report_of_strange_numbers_is_drawn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    strange = [
+        {"step": 10**400},
+        {"step": True},
+        {"step": 2, "loss": 10**400},
+        {"step": 3, "loss": "x"},
+        {"step": 4, "loss": 1.0},
+    ]
+    path.write_text("".join(json.dumps({"kind": "train"} | one) + "\n" for one in strange))
+    report.plot(path, tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
 
 def test_tensorboard_never_ends_training_and_goes_on_in_a_new_file(tmp_path, monkeypatch, caplog):

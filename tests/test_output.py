@@ -15,6 +15,8 @@ import pytest
 from processes import addresses, finish, fork, start
 from test_launch import ACTOR, QUICK, log, slow, wait_until
 
+from tfdist.launch.member import open_log
+from tfdist.launch.output import say
 from tfdist.metrics.writers import read_rows
 
 HERE = Path(__file__).parent
@@ -112,3 +114,31 @@ def test_a_run_alone_is_told_to_stop_and_saves(train, tmp_path):
 def test_a_command_that_is_asked_for_its_output_says_that_it_is_lost():
     with unwritable("full disk") as output:
         assert finish(start(["-m", "tfdist.cli", "--help"], {}, output), 20).returncode != 0
+
+
+def test_a_stream_that_lacks_a_character_loses_no_line(tmp_path):
+    """An old locale. What forwards a worker's output must not end, or the worker stands still at a full pipe."""
+    program = "import sys; sys.stdout.buffer.write('\u2713 good\\n'.encode() + b'y' * 3_000_000)"
+    command = ["-m", "tfdist.cli", "launch", "--workers=1", f"--log-dir={tmp_path}/logs", "--", "python", "-c", program]
+    done = finish(start(command, {"PYTHONIOENCODING": "ascii"}), 30)
+    assert done.returncode == 0 and done.stdout.startswith("[worker 0] \\u2713 good\n") and "y" * 1000 in done.stdout
+    assert "\u2713 good" in log(tmp_path, "worker-0")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_folder_of_logs_from_elsewhere_leads_nowhere(tmp_path, kind):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    path = tmp_path / "logs" / "worker-0.log"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("../precious")
+    done = finish(start(["-m", "tfdist.cli", "launch", "--workers=1", f"--log-dir={path.parent}", "--", "true"]), 20)
+    assert done.returncode == 2 and "found worker-0.log, which is a link or no file" in done.stderr
+    assert (tmp_path / "precious").read_text() == "mine"
+    with contextlib.closing(open_log(path)) as file:  # one that came later
+        file.write(b"lost")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_what_is_said_is_one_line(capsys):
+    say("worker 1 failed\ntfdist: all is well\x1b[2J")
+    assert capsys.readouterr().err == "tfdist: worker 1 failed tfdist: all is well\\x1b[2J\n"

@@ -296,6 +296,33 @@ def test_a_flood_of_connections_is_one_error(addresses, capfd):
     assert "system resource" not in capfd.readouterr().err
 
 
+def test_a_flood_of_strangers_does_not_end_a_job(addresses):
+    """More than this process may have open: they give way, and the tasks of the job meet."""
+    here, there = tasks(*addresses[:2])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def flooded():
+        attempts = [asyncio.ensure_future(one(here, timeout_s=8)), asyncio.ensure_future(one(there, timeout_s=8, delay_s=1))]
+        await asyncio.sleep(0.3)
+        flood = [socket.socket() for _ in range(300)]
+        for connection in flood:
+            connection.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(c.fileno() for c in flood) + 120, limits[1]))
+        try:
+            for connection in flood:
+                connection.connect_ex(("127.0.0.1", int(addresses[0].rpartition(":")[2])))
+            return await asyncio.gather(*attempts)
+        finally:
+            for connection in flood:
+                connection.close()
+
+    try:
+        ((result, other),), _ = together(flooded())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert isinstance(result, dict) and isinstance(other, dict)
+
+
 def test_another_job_does_not_disturb(addresses):
     """Two jobs whose clusters overlap, told apart by their tokens: the one that is complete starts."""
     mine, theirs = tasks(*addresses[:2]), tasks(addresses[0], addresses[2])

@@ -70,3 +70,12 @@ def test_commands_for_each_python(folder, version):
     assert not (folder / "was_run").exists()
     plain = [sys.executable, "-c", "import random"]
     assert subprocess.run(plain, timeout=20).returncode == 0 and (folder / "was_run").exists(), "else this shows nothing"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="an older Python has no way to say it")
+def test_a_build_by_several_processes_imports_nothing_from_the_current_folder(folder):
+    (folder / "signal.py").write_text(f"open({str(folder / 'was_run')!r}, 'a').write('signal ')")
+    for i in range(3):
+        (folder / f"{i}.txt").write_bytes(b"some text \n" * (4 << 20 >> i))
+    done = tfdist("data", "build", "--source=files:*.txt", "--tokenizer=bytes", "--out=built", "--processes=2")
+    assert done.returncode == 0 and not (folder / "was_run").exists(), done.stderr

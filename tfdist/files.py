@@ -17,7 +17,8 @@ from typing import IO, Any
 from tfdist.cluster.link import supervisor
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
-MOST_JSON_BYTES = 64 << 20  # of a manifest of 100,000 arrays
+MOST_JSON_BYTES = 64 << 20  # of a manifest of 100,000 arrays, which has 3 million values
+_MOST_JSON_VALUES = 4 << 20  # each takes many times the memory of its text
 
 
 # ---- writing ----
@@ -91,7 +92,7 @@ _FLAGS = {"rb": os.O_RDONLY, "r+b": os.O_RDWR, "a+b": os.O_RDWR | os.O_APPEND | 
 
 def open_inside(folder: Path, name: str, mode: str = "rb") -> IO[bytes]:
     """Opens a regular file that lies directly inside a folder. A link, a pipe, a device or a path is an `OSError`, and none
-    is waited for. `mode`: rb, r+b or a+b."""
+    is waited for. `mode`: rb, r+b or a+b (without a buffer)."""
     path = folder / name
     if not is_plain_name(name):
         raise OSError(errno.EINVAL, "expected a file directly inside its folder", str(path))
@@ -104,7 +105,7 @@ def open_inside(folder: Path, name: str, mode: str = "rb") -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _no_regular_file(path)
-    return open(descriptor, mode)
+    return open(descriptor, mode, buffering=0 if mode == "a+b" else -1)
 
 
 def _no_regular_file(path: Path) -> OSError:
@@ -123,6 +124,8 @@ def read_inside(folder: Path, name: str, at_most: int = MOST_JSON_BYTES) -> byte
 def read_json(folder: Path, name: str) -> Any:
     """The value in a file as `open_inside` has it. Raises `OSError`, or `ValueError` for what is no JSON."""
     content = read_inside(folder, name)
+    if sum(map(content.count, (b"{", b"[", b","))) > _MOST_JSON_VALUES:
+        raise ValueError(f"more than {_MOST_JSON_VALUES:,} values")
     try:
         return json.loads(content)
     except RecursionError:

@@ -1,7 +1,7 @@
 """`manifest.json` of a checkpoint: what is read from it has the types, and says the things, that the rest relies on.
 
-An array is a list of slices (offset, shape, file, byte_offset), which cover it exactly once; no two of all slices share a
-byte. So what an array takes of memory is on the disk too.
+An array is a list of slices (offset, shape, file, byte_offset), which cover it exactly once; each byte of a file is one
+slice's. So what an array takes of memory is on the disk too.
 """
 
 import itertools
@@ -58,6 +58,8 @@ def _check(manifest: dict[str, Any]) -> None:
         for (_, end), (start, _) in itertools.pairwise(sorted(ranges)):
             if start < end:
                 raise ValueError(f"two values share the bytes from {start} of {name}")
+        if sum(end - start for start, end in ranges) != sizes[name]:  # or a hole of a terabyte would be read
+            raise ValueError(f"{name} is larger than the values in it")
 
 
 def _check_array(key: str, entry: Any, sizes: Mapping[str, int], taken: dict[str, list[tuple[int, int]]]) -> None:

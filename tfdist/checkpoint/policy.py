@@ -12,7 +12,7 @@ from absl import logging
 
 from tfdist import files
 from tfdist.checkpoint import store
-from tfdist.errors import CheckpointError
+from tfdist.errors import CheckpointError, UserError
 
 _MANIFEST_BYTES = 4096  # and this much for each array
 
@@ -23,6 +23,10 @@ class Keep:
 
     last: int = 3
     every_steps: int = 0
+
+    def __post_init__(self):
+        if self.last < 1:
+            raise UserError(f"keep_last: expected at least 1, found {self.last}")
 
     def promises(self, step: int) -> bool:
         return bool(self.every_steps) and step % self.every_steps == 0
@@ -38,9 +42,11 @@ class Keep:
         return []
 
     def to_give_up(self, sizes: Mapping[int, int], is_good: Callable[[int], bool], missing: int) -> list[int]:
-        """The oldest ones whose sizes make up for the `missing` bytes, but for the newest good one and promised ones; when
-        that is not enough: nothing."""
+        """The oldest ones whose sizes make up for the `missing` bytes, but for the newest good one and promised ones. When
+        that is not enough, or none is good: nothing."""
         newest_good = next((step for step in sorted(sizes, reverse=True) if is_good(step)), None)
+        if newest_good is None:
+            return []
         given_up: list[int] = []
         for step in sorted(sizes):
             if missing <= 0:
@@ -70,7 +76,8 @@ def _made_room(folder: Path, needed: int, keep: Keep, reason: int | None) -> boo
     if reason not in (errno.ENOSPC, errno.EDQUOT):
         return False
     free = shutil.disk_usage(folder).free if reason == errno.ENOSPC else 0  # what is left of a quota is not known
-    sizes = {step: _size(folder / store.folder_name(step)) for step in store.steps(folder)}
+    paths = {step: folder / store.folder_name(step) for step in store.steps(folder)}
+    sizes = {step: _size(path) for step, path in paths.items() if store.is_readable(path)}
     given_up = keep.to_give_up(sizes, _is_good_in(folder), needed - free)
     for step in given_up:
         path = folder / store.folder_name(step)

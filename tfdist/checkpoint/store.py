@@ -183,6 +183,17 @@ def is_good(path: Path) -> bool:
     return True
 
 
+def is_readable(path: Path) -> bool:
+    """Whether it is known if it is good."""
+    try:
+        verify(path)
+    except Unreadable:
+        return False
+    except CheckpointError:
+        pass
+    return True
+
+
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -190,7 +201,8 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed save left behind."""
     for path in folder.glob("step-*.tmp-*"):
-        files.remove(path, ignore_errors=True)
+        if re.fullmatch("step-[0-9]{8,18}[.]tmp-[0-9a-f]{16}", path.name):
+            files.remove(path, ignore_errors=True)
 
 
 def folder_name(step: int) -> str:

@@ -13,7 +13,7 @@ from tfdist import config, configs, errors, files
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli import processes
 from tfdist.cli.chatter import without_startup_chatter
-from tfdist.cli.usage import OneLine, fail, near
+from tfdist.cli.usage import OneLine, fail, failures_in_one_line, near
 from tfdist.cluster.link import supervisor
 from tfdist.cluster.resolve import resolve, supervisor_fd
 from tfdist.cluster.spec import check_strategy
@@ -216,18 +216,17 @@ def _run(command: str, arguments: list[str], to_trust: str) -> None:
     # before and after `Trainer.train`, which has its own way: leave through the `finally` blocks
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(errors.STOPPED))
     try:
-        cluster = resolve()
-        if command == "train":
-            check_strategy(cluster, flags.FLAGS.config.strategy.kind)
-            if supervisor_fd() is None and (cluster.tasks or cluster.task.type == "evaluator"):
-                sys.exit(processes.supervise_training(cluster, flags.FLAGS.config, arguments))
-        supervisor()  # from here on it beats
-        with without_startup_chatter():
-            from tfdist.cli import commands
+        with failures_in_one_line():
+            cluster = resolve()
+            if command == "train":
+                check_strategy(cluster, flags.FLAGS.config.strategy.kind)
+                if supervisor_fd() is None and (cluster.tasks or cluster.task.type == "evaluator"):
+                    sys.exit(processes.supervise_training(cluster, flags.FLAGS.config, arguments))
+            supervisor()  # from here on it beats
+            with without_startup_chatter():
+                from tfdist.cli import commands
 
-        getattr(commands, command)(flags.FLAGS)
-    except errors.Failure as error:
-        fail(" ".join(str(error).split()), error.exit_code)
+            getattr(commands, command)(flags.FLAGS)
     except KeyboardInterrupt:
         fail("stopped; the checkpoints in the workdir are as they were", errors.STOPPED)
 

@@ -1,17 +1,17 @@
 """`tfdist launch`, `tfdist supervise`, and the supervisor of `tfdist train` in a cluster. No TensorFlow."""
 
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
 
 from absl import flags, logging
 
-from tfdist import config, errors, programs
+from tfdist import cli, config, errors, programs
 from tfdist.checkpoint.workdir import Workdir
 from tfdist.cli.chatter import without_startup_chatter
-from tfdist.cli.usage import OneLine, fail, near
-from tfdist.cluster import ports
+from tfdist.cli.usage import OneLine, fail, failures_in_one_line, near
 from tfdist.cluster.hello import versions
 from tfdist.cluster.link import supervisor as supervisor_link
 from tfdist.cluster.resolve import job_token, resolve
@@ -60,13 +60,8 @@ def main(command: str, arguments: list[str]) -> None:
         fail(f"unexpected argument {positional[1]!r}; the program to start comes after --")
     logging.get_absl_handler().setFormatter(OneLine())
     try:
-        sys.exit({"launch": _launch, "supervise": _supervise, "doctor": _doctor}[command](given, program))
-    except errors.Failure as error:
-        fail(" ".join(str(error).split()), error.exit_code)
-    except OSError as error:
-        if not ports.is_out_of_descriptors(error):
-            raise
-        fail(f"{command}: {ports.out_of_descriptors()}")
+        with failures_in_one_line():
+            sys.exit({"launch": _launch, "supervise": _supervise, "doctor": _doctor}[command](given, program))
     except KeyboardInterrupt:
         sys.exit(errors.STOPPED)
 
@@ -156,6 +151,9 @@ def _log_dir(given: flags.FlagValues, program: list[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--log_dir: cannot write to {folder}: {error.strerror}")
+    for log in sorted(folder.glob("*.log")):
+        if not stat.S_ISREG(log.lstat().st_mode):
+            fail(f"--log_dir: expected logs in {folder}, found {log.name}, which is a link or no file; move it away")
     return folder
 
 
@@ -187,7 +185,7 @@ def _supervise(given: flags.FlagValues, program: list[str]) -> int:
         fail("expected a program after --, found none; for example tfdist supervise -- python x.py")
     limits = Limits(**{name: given[name].value for name in Limits.__dataclass_fields__})
     command = [*_PROGRAM, *program] if program[0] in _OWN_COMMANDS else program
-    parent_pid = os.getppid() if given.with_parent else 0
+    parent_pid = cli.STARTED_BY if given.with_parent else 0
     return _run(resolve(), command, versions(), limits, must_beat=False, parent_pid=parent_pid)
 
 

@@ -1,12 +1,14 @@
 """How a mistake on the command line is answered: one line, the nearest names, exit code 2."""
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from absl import logging
 
 from tfdist import errors
+from tfdist.cluster import ports
 
 
 def near(name: str, known: Collection[str]) -> str:
@@ -29,3 +31,16 @@ class OneLine(logging.PythonFormatter):
 def fail(message: str, code: int = errors.USAGE) -> None:
     print(f"tfdist: {errors.one_line(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """Around a command: what a user can act on ends the process with one line and its exit code."""
+    try:
+        yield
+    except errors.Failure as error:
+        fail(str(error), error.exit_code)
+    except OSError as error:
+        if not ports.is_out_of_descriptors(error):
+            raise
+        fail(ports.out_of_descriptors())

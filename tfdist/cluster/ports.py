@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tfdist.errors import UserError
 
-_RETRY_S, _BACKLOG = 0.2, 1024
+_RETRY_S = 0.2
+BACKLOG = 1024  # connections that wait to be accepted
 
 
 class PortTaken(UserError):
@@ -23,14 +24,14 @@ def listen(port: int, host: str = "") -> socket.socket:
     """A listening socket: on loopback alone for a `host` that is this machine by any name of loopback, else on all
     interfaces, IPv4 and IPv6. Raises OSError when the port is taken."""
     if host.lower() == "localhost":
-        return socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
+        return socket.create_server(("127.0.0.1", port), backlog=BACKLOG)
     if _is_loopback(host):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
-    return socket.create_server(("", port), backlog=_BACKLOG)
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    return socket.create_server(("", port), backlog=BACKLOG)
 
 
 def _is_loopback(host: str) -> bool:
@@ -49,6 +50,8 @@ async def take(port: int, host: str, give_up_s: float) -> socket.socket:
         try:
             return listen(port, host)
         except OSError as error:
+            if is_out_of_descriptors(error):
+                raise UserError(out_of_descriptors()) from None
             if error.errno != errno.EADDRINUSE:
                 raise UserError(f"cannot listen on port {port}: {error.strerror}; give this task another port") from None
             if time.monotonic() >= give_up_s:

@@ -6,6 +6,7 @@ what must be equal. When all have met all, the leader says "go" and the ports ar
 
 import asyncio
 import ipaddress
+import json
 import os
 import socket
 import threading
@@ -18,11 +19,14 @@ from absl import logging
 from tfdist.cluster import ports
 from tfdist.cluster.hello import Hello, versions
 from tfdist.cluster.spec import Cluster, Task, split_address
-from tfdist.cluster.wire import MAX_LINE_BYTES, Connection, connect
+from tfdist.cluster.wire import Connection, connect
 from tfdist.errors import STOPPED, Failure, PeerLost, UserError, one_line
 
 _HELLO_S = 5.0  # a connection that does not introduce itself is closed
 _CONNECT_S = 3.0
+_STRANGERS = 32  # that may be connected at once, and two for each task
+_ACCEPTED_AT_ONCE = 16
+_LONGEST_LINE_BYTES = 1 << 16
 _RETRY_S = 0.2
 _PORT_RETRY_S = 3.0
 _OWN_ERROR_FIRST_S = 0.5
@@ -86,6 +90,8 @@ class Meeting:
         self.suspected: dict[Task | None, tuple[float, Failure]] = {}
         self.changed = asyncio.Event()
         self.tasks: list[asyncio.Task] = []
+        self.talks: set[asyncio.Task] = set()  # with those that reach me
+        self.strangers: dict[Connection, None] = {}  # of them, who has not said who it is; the oldest first
         self.server: asyncio.Server | None = None
 
     async def run(self, timeout_s: float) -> dict[Task, Connection]:
@@ -126,9 +132,16 @@ class Meeting:
         """Of the event loop. A server that may open no more files reports it again and again, for each that waits."""
         error = context.get("exception")
         if ports.is_out_of_descriptors(error):
-            self._fail(UserError(f"{self.me}: {ports.out_of_descriptors()}"))
+            self._out_of_descriptors()
         else:
             loop.default_exception_handler(context)
+
+    def _out_of_descriptors(self) -> None:
+        """Strangers give way, as they do not say who they are; without them the limit is too low."""
+        if len(self.strangers) <= len(self.cluster.tasks):
+            self._fail(UserError(f"{self.me}: {ports.out_of_descriptors()}"))
+        for stranger in list(self.strangers):
+            self._drop(stranger)
 
     def stop(self) -> None:
         """From a signal handler of the event loop: `run` tells the others and raises `ToldToStop`."""
@@ -164,7 +177,9 @@ class Meeting:
         except UserError as error:
             self._fail(UserError(f"{self.me}: {error}"))
             return
-        self.server = await asyncio.start_server(self._welcome, sock=listener, limit=MAX_LINE_BYTES)
+        longest = max(_LONGEST_LINE_BYTES, 2 * len(json.dumps(self.mine.to_json())))  # of each stranger, so much is kept
+        self.server = await asyncio.start_server(self._welcome, sock=listener, limit=longest, backlog=_ACCEPTED_AT_ONCE)
+        listener.listen(ports.BACKLOG)  # so many may wait nevertheless
 
     def _stop_listening(self) -> None:
         if self.server is not None:
@@ -173,12 +188,24 @@ class Meeting:
 
     def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A task of its own: of a coroutine that the loop's end cancels, asyncio would write a traceback."""
-        self.tasks.append(asyncio.ensure_future(self._introduce(Connection(reader, writer))))
+        if len(self.strangers) >= 2 * len(self.cluster.tasks) + _STRANGERS:
+            self._drop(next(iter(self.strangers)))
+        connection = Connection(reader, writer)
+        self.strangers[connection] = None
+        talk = asyncio.ensure_future(self._introduce(connection))
+        self.talks.add(talk)
+        talk.add_done_callback(self.talks.discard)
+
+    def _drop(self, stranger: Connection) -> None:
+        """One of too many. Whoever belongs to us comes again."""
+        del self.strangers[stranger]
+        stranger.writer.transport.abort()
 
     async def _introduce(self, connection: Connection) -> None:
         peer = None
         try:
             hello = Hello.parse(await asyncio.wait_for(connection.receive(), _HELLO_S))
+            self.strangers.pop(connection, None)
             peer = self._introduced(hello)
             if peer is None:  # nobody of this job
                 # one that seems to be of this job, with a mistake in its TF_CONFIG, must find the mistake as well
@@ -199,6 +226,8 @@ class Meeting:
             await self._read(peer, connection)
         except asyncio.TimeoutError:
             await connection.close()
+        finally:
+            self.strangers.pop(connection, None)
         if peer is not None and not self.go and self.came.get(peer, ("", None))[1] is connection:
             del self.came[peer]
             self.ready.discard(peer)
@@ -242,7 +271,7 @@ class Meeting:
                 self.reasons[task] = "no answer (timed out)"
             except OSError as error:
                 if ports.is_out_of_descriptors(error):
-                    self._fail(UserError(f"{self.me}: {ports.out_of_descriptors()}"))
+                    self._out_of_descriptors()
                 self.reasons[task] = (os.strerror(error.errno) if error.errno else str(error)).lower()
             except Exception as error:  # whatever answers there, the next attempt comes
                 self.reasons[task] = f"{type(error).__name__}: {error}"[:80]

@@ -33,7 +33,7 @@ class Connection:
         except OSError:
             return None
         except ValueError:
-            self.refuse(f"a line of more than {MAX_LINE_BYTES:,} bytes")
+            self.refuse("a line that is too long")
             return None
         if not line.endswith(b"\n"):
             return None
@@ -95,7 +95,7 @@ async def _addresses(host: str, port: int) -> list[tuple]:
             result = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as problem:
             error = problem
-        except UnicodeError as problem:  # a label that is too long
+        except Exception as problem:  # a label that is too long, a module that cannot be loaded
             error = socket.gaierror(socket.EAI_NONAME, str(problem))
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, result, error)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tfdist import files
+from tfdist import files, programs
 from tfdist.cluster.link import supervisor
 from tfdist.data import build_folder, corpus, index, tokenizer
 from tfdist.data.documents import BadRecord, Part
@@ -43,6 +43,7 @@ class Job:
     tokenizer: str
     folder: Path
     shard_tokens: int
+    max_bad_records: int
 
 
 def build(
@@ -61,8 +62,8 @@ def build(
                 return
             build_folder.start(folder, facts_of(plan, spec))
             if not (folder / INDEX).exists():
-                job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS)
-                _build_pieces(job, processes, max_bad_records, progress, in_process)
+                job = Job(plan, _tokenizer(folder, plan, spec), folder, SHARD_TOKENS, max_bad_records)
+                _build_pieces(job, processes, progress, in_process)
                 _write_index(job, source, spec)
             build_folder.finish(folder, out)
     except OSError as error:
@@ -117,18 +118,18 @@ def training_texts(plan: corpus.Plan, num_bytes: int) -> Iterator[bytes]:
 # ---- pieces ----
 
 
-def _build_pieces(job: Job, processes: int, max_bad_records: int, progress: Progress, in_process) -> None:
+def _build_pieces(job: Job, processes: int, progress: Progress, in_process) -> None:
     missing, bad = [], 0
     for i, piece in enumerate(job.plan.pieces):
         done = build_folder.piece_record(job.folder, i)
         if done.exists():
             progress(piece.size)
-            bad += _checked(json.loads(done.read_text())["bad_records"], bad, max_bad_records)
+            bad += _checked(json.loads(done.read_text())["bad_records"], bad, job.max_bad_records)
         else:
             missing.append(i)
     if processes == 1 or len(missing) < 2:
         for i in missing:
-            bad += _checked(build_piece(job, i), bad, max_bad_records)
+            bad += _checked(build_piece(job, i), bad, job.max_bad_records)
             progress(job.plan.pieces[i].size)
         return
     context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
@@ -136,9 +137,10 @@ def _build_pieces(job: Job, processes: int, max_bad_records: int, progress: Prog
         min(processes, len(missing)), context, _begin, (os.getpid(), in_process, job)
     )
     try:
-        futures = {pool.submit(_build_piece_of_pool, i): i for i in missing}
+        with programs.imports_nothing_from_here():
+            futures = {pool.submit(_build_piece_of_pool, i): i for i in missing}
         for future in concurrent.futures.as_completed(futures):
-            bad += _checked(future.result(), bad, max_bad_records)
+            bad += _checked(future.result(), bad, job.max_bad_records)
             progress(job.plan.pieces[futures[future]].size)
             supervisor().tick()
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -189,6 +191,7 @@ def build_piece(job: Job, number: int) -> list[str]:
         for part in job.plan.read(job.plan.pieces[number]):
             if isinstance(part, BadRecord):
                 bad.append(part.what)
+                _checked(bad, 0, job.max_bad_records)  # soon: there may be millions
             else:
                 writers[part.split].add(part)
                 supervisor().tick()

@@ -19,8 +19,15 @@ def files_of(patterns: Iterable[str]) -> tuple[list[str], list[str]]:
         matches = [path for path in _matches(pattern) if os.path.isfile(path)]
         empty += [] if matches else [pattern]
         for path in matches:
-            found.setdefault(os.path.realpath(path), path)
+            real = os.path.realpath(path)
+            if real not in found or (_is_direct(path, real) and not _is_direct(found[real], real)):
+                found[real] = path
     return sorted(found.values()), empty
+
+
+def _is_direct(path: str, real: str) -> bool:
+    """Whether a path leads through no link."""
+    return os.path.abspath(path) == real
 
 
 def _matches(pattern: str) -> list[str]:

@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+from tfdist.cluster.link import supervisor
 from tfdist.data import globs, tfds_source, token_files
 from tfdist.errors import DataError
 
@@ -119,9 +120,11 @@ def _cut_at_line(span: Span, target: int) -> list[int]:
     places = []
     with open(span.path, "rb") as file:
         for place in range(target, span.end, target):
+            if places and place <= places[-1]:  # a long line goes on
+                continue
             file.seek(place - 1)  # a line that ends right there is whole
             while (part := file.readline(_LINE_BYTES)) and not part.endswith(b"\n"):
-                pass
+                supervisor().tick()
             places.append(file.tell())
     return sorted(set(places))
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from tfdist import files
 from tfdist.cluster.spec import Cluster
 from tfdist.cluster.wire import MAX_LINE_BYTES
 from tfdist.errors import PEER_LOST
@@ -101,6 +102,8 @@ class Member:
         self._emit([rest] if rest else [], to)
 
     def _emit(self, lines: list[bytes], to: IO[str] | None) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            self.log.write(b"".join(line + b"\n" for line in lines))
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # of a progress bar, its last state
             if self._is_of_stacks(text) or any(kind.match(text) for kind in self.hidden):  # the log has them
@@ -108,8 +111,6 @@ class Member:
             self.last_lines.append(text)
             if to is not None:
                 print(f"[{self.task}] {text}", file=to, flush=True)
-        with contextlib.suppress(OSError):  # a full disk must not end the run
-            self.log.write(b"".join(line + b"\n" for line in lines))
 
     def _is_of_stacks(self, text: str) -> bool:
         """Whether a line belongs to what faulthandler writes of all threads."""
@@ -164,7 +165,7 @@ def open_log(path: Path) -> IO[bytes]:
     run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "ab", buffering=0)
+        return files.open_inside(path.parent, path.name, "a+b")
     except OSError as error:
         say(f"cannot write {path}: {error.strerror}; its lines are lost")
         return open(os.devnull, "ab", buffering=0)

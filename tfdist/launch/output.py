@@ -1,4 +1,5 @@
-"""What tfdist prints, whatever happens to stdout and stderr: what cannot be written is dropped, and ends or stops nobody."""
+"""What tfdist prints, whatever happens to stdout and stderr: what cannot be written is dropped, and ends or stops nobody.
+A character that the encoding lacks is spelt out."""
 
 import asyncio
 import contextlib
@@ -23,8 +24,8 @@ _waiting: list["_Detached"] = []  # those of this process, inside of `detached`
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
-    print(f"tfdist: {printable(text)}", file=sys.stderr, flush=True)
+    """One line on stderr, whatever others have put in it: a second one could pass for tfdist's own."""
+    print(f"tfdist: {printable(' '.join(text.splitlines()))}", file=sys.stderr, flush=True)
 
 
 def never_fail() -> None:
@@ -134,7 +135,7 @@ def _replace(files: dict[str, io.RawIOBase]) -> None:
                 old.flush()
             # without a buffer (python -u) where there was none
             new = io.TextIOWrapper(
-                file if old.write_through else io.BufferedWriter(file), encoding=old.encoding, errors=old.errors,
+                file if old.write_through else io.BufferedWriter(file), encoding=old.encoding, errors="backslashreplace",
                 line_buffering=old.line_buffering, write_through=old.write_through,
             )  # fmt: skip
         _put(name, new)

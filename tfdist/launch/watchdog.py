@@ -4,7 +4,7 @@ import dataclasses
 import signal
 
 from tfdist.cluster.spec import Task
-from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG
+from tfdist.errors import DONE, PEER_LOST, STOPPED, WATCHDOG, one_line
 
 EXIT_TIMEOUT_S = 60.0  # of a process that has said that it ends: TensorFlow is slow to go on a machine that is busy
 _LATE_S = 2.5  # several beats and the longest time that Python's lock is held
@@ -59,7 +59,7 @@ class Seen:
         self.beat_s = None if silent_s is None else now_s - float(silent_s)
         self.suspended, self.must_beat = bool(status.get("suspended")), bool(status.get("must_beat"))
         before = (self.phase, self.batches, self.steps, self.ticks)
-        phase = str(status.get("phase", self.phase))[:40]
+        phase = one_line(status.get("phase", self.phase), 40)
         self.exiting = phase == "exit" or bool(status.get("exiting"))
         self.phase = phase if phase != "exit" else self.phase
         for name in ("step", "batches", "steps", "ticks"):

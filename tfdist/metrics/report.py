@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
+from tfdist import files
 from tfdist.metrics.writers import read_rows
 
 
 def _numbers(rows: list[dict], name: str) -> list[float]:
     """A column; NaN where a row has no number there."""
-    return [row[name] if isinstance(row.get(name), (int, float)) else math.nan for row in rows]
+    return [row[name] if type(row.get(name)) is float or files.is_count(row.get(name)) else math.nan for row in rows]
 
 
 def plot(metrics: Path, out: Path) -> None:

@@ -3,6 +3,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from tfdist import files
 from tfdist.errors import printable
 
 _MOST_ROW_BYTES = 1 << 20  # a longer line is no row
+_LOCK_S = 1.0
 _PLAIN_EVERY_S = 5.0
 _AGAIN_S = 60.0  # after a failure of TensorBoard's files
 
@@ -47,10 +50,10 @@ class JsonLines:
     """
 
     def __init__(self, path: Path):
-        self.path, self.torn = path, False
+        self.path = path
         self.lost: Lost | None = None
         self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  open as long as the run
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._alone():
             self._drop_torn()  # of a killed run
 
     def write(self, row: dict[str, Any]) -> None:
@@ -64,31 +67,50 @@ class JsonLines:
 
     def _append(self, lines: bytes) -> None:
         """All of it, or nothing and an `OSError`."""
-        if self.torn:
+        with self._alone():
             self._drop_torn()
-        start = left = os.fstat(self.file.fileno()).st_size
-        try:
-            while lines:
-                written = self.file.write(lines)
-                lines, left = lines[written:], left + written
-        except OSError:
-            self.torn = True
-            if os.fstat(self.file.fileno()).st_size == left:  # no evaluator has written behind it
+            start = os.fstat(self.file.fileno()).st_size
+            try:
+                while lines:
+                    lines = lines[self.file.write(lines) :]
+            except OSError:
                 os.ftruncate(self.file.fileno(), start)
-                self.torn = False
-            raise
+                raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, an evaluator does not write to the same file. It is not waited for long: it may have been stopped. Where
+        files cannot be locked, nobody is."""
+        until_s = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > until_s:
+                    raise OSError(errno.EBUSY, "another process holds its lock") from error
+                time.sleep(_LOCK_S / 100)
+            except OSError:
+                break
+            else:
+                break
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def _drop_torn(self) -> None:
         """Cuts off a last line without an end, or ends it where it is a whole row."""
-        size = os.fstat(self.file.fileno()).st_size
-        if size and os.pread(self.file.fileno(), 1, size - 1) != b"\n":
-            content = self.path.read_bytes()
+        descriptor = self.file.fileno()
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            first = max(0, size - _MOST_ROW_BYTES)
+            content = os.pread(descriptor, size - first, first)
             start = content.rfind(b"\n") + 1
             if _row(content[start:]) is None:
-                os.ftruncate(self.file.fileno(), start)
+                os.ftruncate(descriptor, first + start)
             else:
                 self.file.write(b"\n")
-        self.torn = False
 
     def _lose(self, step: int, reason: str) -> None:
         if self.lost is None:
@@ -123,7 +145,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) and "kind" in row and files.is_count(row.get("step")) else None
 
 
 def read_all(path: Path) -> Iterator[dict[str, Any]]:

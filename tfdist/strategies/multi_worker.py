@@ -7,7 +7,7 @@ from tfdist.cluster.link import supervisor
 from tfdist.cluster.spec import Cluster, check_strategy
 from tfdist.errors import UserError
 from tfdist.patches.runtime import coordination_timeouts, worker_on_logical_cpus
-from tfdist.strategies import devices
+from tfdist.strategies import devices, joined
 
 _NEVER_S = 86400.0
 
@@ -27,6 +27,7 @@ def connect(
         if len(cluster.collective) > 1:
             coordination_timeouts(members, start_timeout_s, heartbeat_s=_NEVER_S if supervisor().is_there else 0.0)
         with worker_on_logical_cpus(num_cpus):
+            joined.begin()
             return tf.distribute.MultiWorkerMirroredStrategy(
                 _resolver(cluster, members, num_gpus), _options(communication, bytes_per_pack, timeout_s)
             )

@@ -77,9 +77,8 @@ class ParameterServer:
         self.num_replicas = self.num_replicas_in_sync = self.parts = gradients_per_update
         self.max_staleness, self.num_servers = max_staleness, len(cluster.ps)
         self.num_remote_workers = len(cluster.worker)
-        self.tf_strategy = _connect(
-            cluster, self._partitioner(partitioner, min_shard_bytes, max_shard_bytes, num_shards), start_timeout_s
-        )
+        cut = self._partitioner(partitioner, min_shard_bytes, max_shard_bytes, num_shards)
+        self.tf_strategy = _connect(cluster, cut, start_timeout_s)
         joined.remember(self, cluster, options)
         servers.parts_are_arrays()
         self._bytes_on = [0] * self.num_servers
@@ -325,6 +324,7 @@ class ParameterServer:
 
     def close(self) -> None:
         self.crew.close()
+        joined.leave()
 
 
 def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distribute.experimental.ParameterServerStrategy:
@@ -332,6 +332,7 @@ def _connect(cluster: Cluster, partitioner, start_timeout_s: float) -> tf.distri
     if not supervisor().is_there:
         preflight.meet(cluster, resolve.job_token(cluster), start_timeout_s)
     members = {job: addresses for job, addresses in cluster.jobs().items() if job != "evaluator"}
+    joined.begin()
     with devices.joining("tfdist.ParameterServer"), _warnings_alone():  # it says its whole configuration
         return tf.distribute.experimental.ParameterServerStrategy(
             tf.distribute.cluster_resolver.SimpleClusterResolver(
