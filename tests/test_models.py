@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist.config import ModelConfig
-from tfdist.models import count
+from tfdist.models import count, products
 from tfdist.models.dropout import Dropout, SamplePosition, rows_of_stream, sample_position, stream_key, uniform_rows
 from tfdist.models.transformer import TransformerLM, next_token_loss
 
@@ -213,3 +213,48 @@ def test_a_document_in_a_packed_row_is_like_one_alone(positions, recompute):
     assert np.abs(joined(packed) - together)[:, 41:].max() > 1e-4, "without it documents see each other"
     again = TransformerLM.from_config(model.get_config())
     assert again.document_start == 10
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("inner", "outer"), [(5, 3), (3, 5)])
+def test_products_for_xla_are_products(inner, outer, transpose):
+    """Values, gradients, and gradients of gradients: those of a plain product."""
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(size=(2, 7, inner)))
+    kernel = tf.constant(rng.normal(size=(outer, inner) if transpose else (inner, outer)))
+
+    def all_of_it(multiply):
+        with tf.GradientTape() as outside:
+            outside.watch([x, kernel])
+            with tf.GradientTape() as tape:
+                tape.watch([x, kernel])
+                y = multiply(x, kernel)
+                loss = tf.reduce_sum(tf.sin(y))
+            first = tape.gradient(loss, [x, kernel])
+            penalty = sum(tf.reduce_sum(tf.square(one)) for one in first)
+        return [y, *first, *outside.gradient(penalty, [x, kernel])]
+
+    @tf.function(jit_compile=True)
+    def compiled():
+        with products.compiled_for_cpu(True):
+            return all_of_it(lambda x, kernel: products.product(x, kernel, transpose))
+
+    for one, other in zip(compiled(), all_of_it(lambda x, k: tf.matmul(x, k, transpose_b=transpose)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_layers_together_give_what_each_gives(use_bias):
+    layers = [
+        keras.layers.Dense(units, use_bias=use_bias, dtype="float64", bias_initializer="normal") for units in (4, 2, 2)
+    ]
+    x = tf.constant(np.random.default_rng(0).normal(size=(2, 3, 5)))
+    alone = products.together(layers, x)
+
+    @tf.function(jit_compile=True)
+    def compiled():
+        with products.compiled_for_cpu(True):
+            return products.together(layers, x)
+
+    for one, other in zip(compiled(), alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)

@@ -15,6 +15,7 @@ from tfdist.config import ModelConfig
 from tfdist.errors import UserError
 from tfdist.models import count
 from tfdist.models.dropout import Dropout, current_position, sample_position
+from tfdist.models.products import Dense, product, together
 
 _INIT_STDDEV = 0.02  # GPT-2
 
@@ -42,7 +43,7 @@ def _dense(config: ModelConfig, units: int, name: str, residual: bool = False):
     """A projection. Those that write into the residual stream start smaller, as in GPT-2."""
     stddev = _INIT_STDDEV / math.sqrt(2 * config.num_layers) if residual else _INIT_STDDEV
     init = keras.initializers.RandomNormal(stddev=stddev)
-    return keras.layers.Dense(units, use_bias=config.use_bias, kernel_initializer=init, dtype=config.dtype, name=name)
+    return Dense(units, use_bias=config.use_bias, kernel_initializer=init, dtype=config.dtype, name=name)
 
 
 def _embedding(config: ModelConfig, size: int, name: str):
@@ -75,9 +76,9 @@ class Attention(keras.layers.Layer):
         config = self.config
         rows, length, kv, size = tf.shape(x)[0], x.shape[1], count.kv_heads(config), count.head_dim(config)
         group = config.num_heads // kv
-        q = tf.reshape(self.query(x), [rows, length, config.num_heads, size])
-        k = tf.reshape(self.key(x), [rows, length, kv, size])
-        v = tf.reshape(self.value(x), [rows, length, kv, size])
+        q, k, v = together([self.query, self.key, self.value], x)
+        q = tf.reshape(q, [rows, length, config.num_heads, size])
+        k, v = (tf.reshape(t, [rows, length, kv, size]) for t in (k, v))
         positions = start + tf.range(length)
         if config.positions == "rotary":
             q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
@@ -192,9 +193,7 @@ class TransformerLM(keras.Model):
         self.head = None
         if not config.tie_embeddings:
             init = keras.initializers.RandomNormal(stddev=_INIT_STDDEV)
-            self.head = keras.layers.Dense(
-                config.vocab_size, use_bias=False, kernel_initializer=init, dtype=config.dtype, name="head"
-            )
+            self.head = Dense(config.vocab_size, use_bias=False, kernel_initializer=init, dtype=config.dtype, name="head")
         self.build((None, sequence_length))
 
     def build(self, shape):
@@ -227,8 +226,7 @@ class TransformerLM(keras.Model):
         if self.head is not None:
             return self.head(x)
         table = tf.cast(tf.convert_to_tensor(self.embedding.embeddings), x.dtype)  # [V, d]
-        flat = tf.reshape(x, [-1, self.config.model_dim])
-        return tf.reshape(tf.matmul(flat, table, transpose_b=True), [*_dims(x)[:-1], self.config.vocab_size])
+        return product(x, table, transpose=True)
 
     def call(self, tokens, training=None):
         tokens = tf.convert_to_tensor(tokens)
@@ -267,12 +265,6 @@ class TransformerLM(keras.Model):
     @classmethod
     def from_config(cls, config):
         return cls(ModelConfig(**config.pop("config")), **config)
-
-
-def _dims(x) -> list:
-    """The shape, static where known."""
-    dynamic = tf.shape(x)
-    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
 
 
 def _recomputed(block, x, documents):

@@ -11,9 +11,11 @@ from absl import logging
 
 from tfdist.errors import UserError
 from tfdist.models.dropout import SamplePosition, sample_position
+from tfdist.models.products import compiled_for_cpu
 from tfdist.patches import servers
 from tfdist.patches.layers import ComponentVariables
 from tfdist.patches.optimizers import apply_gradients
+from tfdist.strategies import devices
 from tfdist.strategies.base import Batch, ReplicaStep, Strategy
 from tfdist.train import batch_norm, forward_state, loss_scale
 from tfdist.train.loss import Loss, combined, output_weights
@@ -39,6 +41,7 @@ class Replica(NamedTuple):
 
 def make_train_step(strategy: Strategy, state: TrainState, loss: Loss, options: StepOptions) -> ReplicaStep:
     """Returns the step that `Strategy.make_steps` loops over. Call it under the strategy's scope."""
+    is_on_cpu = devices.default_device().startswith("CPU")
     communicates = strategy.num_replicas > 1 and bool(state.batch_norms)
     if communicates and options.jit_compile:
         logging.info("batch normalisation over replicas communicates in the forward pass, which therefore runs without XLA")
@@ -50,7 +53,7 @@ def make_train_step(strategy: Strategy, state: TrainState, loss: Loss, options: 
 
         def on_components(fn, jit_compile: bool):
             def bound(*args):
-                with components:
+                with components, compiled_for_cpu(jit_compile and is_on_cpu):
                     return fn(*args)
 
             return tf.function(bound, jit_compile=True, autograph=False) if jit_compile else bound
