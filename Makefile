@@ -8,7 +8,7 @@ LANES ?= 3
 IN_LANES := -n $(LANES)
 PYTEST := $(BIN)/python -m pytest -q --durations=10
 
-.PHONY: demo test test-all test-matrix test-versions bench check format clean
+.PHONY: demo test test-all test-matrix test-fuzz test-versions bench check format clean
 
 demo: $(INSTALLED)  ## train a language model of Python source code, and show the result
 	$(BIN)/tfdist launch --workers=2 -- train --config=configs/lm_tiny.py --workdir=runs/demo
@@ -24,6 +24,9 @@ test-all: $(INSTALLED)  ## what `make test` leaves out: every feature on every s
 
 test-matrix: $(INSTALLED)  ## every cell on every strategy in both precisions, of which `make test-all` runs a choice
 	$(PYTEST) --slow --matrix $(IN_LANES) tests/test_equality.py tests/test_fit.py -k test_every_cell
+
+test-fuzz: $(INSTALLED)  ## 3,000 damaged checkpoints and datasets, of which `make test` has 200
+	$(PYTEST) --fuzz $(IN_LANES) -m fuzz
 
 test-versions: $(OLDEST)/.installed  ## each feature of fit, and what it replaces in Keras, at the other end of the supported versions
 	$(OLDEST)/bin/python -m pytest -q --slow $(IN_LANES) tests/test_upstream.py tests/test_fit.py tests/test_fit_checkpoint.py \

@@ -66,6 +66,7 @@ def computed_together(metafunc, columns: Mapping[pairs.Column, Sequence[str]]) -
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--matrix", action="store_true", help="every cell on every strategy in both precisions, not a choice")
+    parser.addoption("--fuzz", action="store_true", help="the tests marked fuzz, which take many minutes")
     parser.addoption("--kills", type=int, default=0, help="how often the run of the restart test is killed")
 
 
@@ -82,10 +83,10 @@ def pytest_unconfigure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    for kind in ("slow", "fuzz"):
+        if not config.getoption(f"--{kind}"):
+            config.hook.pytest_deselected(items=[item for item in items if kind in item.keywords])
+            items[:] = [item for item in items if kind not in item.keywords]
     for item in items:
         if set(DEAR) & set(item.fixturenames):
             item.add_marker(pytest.mark.together(item.module.__name__))

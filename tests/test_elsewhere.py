@@ -32,7 +32,7 @@ def test_damage_of_every_kind_ends_in_one_line(kind, count):
     assert ended.get("good", 0) < count / 3 and (kind == "datasets" or ended["older"] > count / 5), ended
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kind", "count"), [("manifests", 1200), ("fits", 300), ("datasets", 1500)])
 def test_damage_of_every_kind_ends_in_one_line_again_and_again(kind, count):

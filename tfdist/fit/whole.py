@@ -28,6 +28,7 @@ class Whole:
         self.replica = replica
         self.everywhere = False  # whether what is computed here is so on every replica
         self.given: list[tf.Tensor] | None = None  # the arguments of a loss or a metric whose values are to be shown
+        self.gathered: dict[int, tuple[tf.Tensor, tf.Tensor]] = {}  # id of a tensor -> it, and the rows of all
         self.written: set[int] = set()  # variables of metrics that count on the first replica alone, by their id
 
     def loss(self, stock: Callable, loss: keras.losses.Loss, y_true, y_pred, sample_weight) -> Any:
@@ -37,7 +38,7 @@ class Whole:
             return stock(y_true, y_pred, sample_weight=sample_weight)
         if (own := self._shown(lambda: stock(y_true, y_pred, sample_weight=sample_weight), (y_true, y_pred))) is not None:
             return own
-        value = self._everywhere(stock, (y_true, y_pred), {"sample_weight": sample_weight})
+        value = self._everywhere(stock, (y_true, y_pred), {"sample_weight": sample_weight}, self._gather)
         return self.replica.know(value, Of.NOTHING)
 
     def _refuse_mixed(self, predicted) -> None:
@@ -59,7 +60,7 @@ class Whole:
             return None
         before = [tf.identity(variable.value) for variable in metric.variables]
         self.written |= {id(variable) for variable in metric.variables}
-        result = self._everywhere(stock, args, kwargs)
+        result = self._everywhere(stock, args, kwargs, self._gathered_before)
         if self.replica.index:  # what all have computed counts once
             for variable, value in zip(metric.variables, before, strict=True):
                 variable.assign(value)
@@ -87,15 +88,15 @@ class Whole:
         finally:
             self.given = before
 
-    def _everywhere(self, compute: Callable, args, kwargs) -> Any:
-        args, kwargs = tf.nest.map_structure(self._rows_of_all, (args, kwargs))
+    def _everywhere(self, compute: Callable, args, kwargs, gather: Callable) -> Any:
+        args, kwargs = tf.nest.map_structure(lambda leaf: self._rows_of_all(leaf, gather), (args, kwargs))
         self.everywhere = True
         try:
             return compute(*args, **kwargs)
         finally:
             self.everywhere = False
 
-    def _rows_of_all(self, leaf):
+    def _rows_of_all(self, leaf, gather: Callable):
         if leaf is None or isinstance(leaf, (str, bool, int, float)):
             return leaf
         if isinstance(leaf, tf.RaggedTensor):
@@ -103,9 +104,21 @@ class Whole:
         leaf = tf.convert_to_tensor(leaf)
         if not leaf.shape.rank:  # a number of this replica, which counts by its share
             return self.replica.means([leaf])[0]
+        return gather(leaf)
+
+    def _gather(self, leaf: tf.Tensor) -> tf.Tensor:
         rows = self.replica.rows_of_all(leaf)
         if (mask := mask_of(leaf)) is not None:
             give_mask(rows, self.replica.rows_of_all(mask))
+        if not tf.executing_eagerly():
+            self.gathered[id(leaf)] = leaf, rows
+        return rows
+
+    def _gathered_before(self, leaf: tf.Tensor) -> tf.Tensor:
+        """For a metric, which needs no gradient: what the loss or another metric has asked for need not be sent again."""
+        _, rows = self.gathered.get(id(leaf), (None, None))
+        if rows is None or tf.executing_eagerly() or rows.graph is not tf.compat.v1.get_default_graph():
+            return self._gather(leaf)
         return rows
 
 
