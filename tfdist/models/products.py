@@ -49,8 +49,9 @@ def together(layers: Sequence[keras.layers.Dense], x: tf.Tensor) -> list[tf.Tens
 def product(x: tf.Tensor, kernel: tf.Tensor, transpose: bool = False) -> tf.Tensor:
     """x [..., n] times kernel [n, m], or [m, n] with `transpose` -> [..., m]."""
     rows = tf.reshape(x, [-1, x.shape[-1]])
-    multiply = _multiply if _is_compiled_for_cpu.get() else _plain
-    y = multiply(rows, kernel, transpose)
+    with tf.name_scope("product"):
+        multiply = _multiply if _is_compiled_for_cpu.get() else _plain
+        y = multiply(rows, kernel, transpose)
     return tf.reshape(y, [*dims(x)[:-1], y.shape[-1]])
 
 
@@ -65,11 +66,14 @@ def _plain(x, kernel, transpose: bool):
 
 
 def _multiply(x, kernel, transpose: bool):
+    scope = tf.get_current_name_scope()
+
     @tf.custom_gradient
     def multiply(x, kernel):
         def gradient(dy):
-            to_x = tf.matmul(dy, kernel, transpose_b=not transpose)
-            return to_x, _over_rows(dy, x) if transpose else _over_rows(x, dy)
+            with tf.name_scope(f"gradient_tape/{scope}/"):  # as TensorFlow names its own, for who reads a profile
+                to_x = tf.matmul(dy, kernel, transpose_b=not transpose)
+                return to_x, _over_rows(dy, x) if transpose else _over_rows(x, dy)
 
         return _plain(x, kernel, transpose), gradient
 
