@@ -153,9 +153,7 @@ def _log_dir(given: flags.FlagValues, program: list[str]) -> Path:
         fail(f"--log_dir: cannot write to {folder}: {error.strerror}")
     for log in sorted(folder.glob("*.log")):
         if not stat.S_ISREG(log.lstat().st_mode):
-            fail(
-                f"expected regular files in {folder}, the folder of the logs, found {log.name}, a link or a pipe; move it away"
-            )
+            fail(f"expected regular files in {folder}, the logs, found {log.name}, a link or a pipe; move it away")
     return folder
 
 
