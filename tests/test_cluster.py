@@ -16,6 +16,7 @@ from tfdist.cluster.spec import Cluster, Task, TFConfigError, split_address
 from tfdist.cluster.tf_config import from_tf_config
 from tfdist.errors import UserError
 from tfdist.launch.supervisor import from_launcher
+from tfdist.strategies import joined
 
 A, B = "localhost:2222", "localhost:2223"
 
@@ -427,3 +428,18 @@ def test_a_second_cluster_in_a_process_is_refused_and_the_same_one_is_there():
     other = config({"worker": addresses(2)})
     for done in run_forked_cluster(["tests/second_cluster.py", other], workers=2, limit_s=60):
         assert done.returncode == 0 and done.stdout.endswith("all is well\n"), done.stderr[-3000:]
+
+
+def test_a_cluster_that_was_joined_in_part_or_closed_is_not_joined_again(monkeypatch):
+    monkeypatch.setattr(joined, "_joined", [])
+    monkeypatch.setattr(joined, "_lost", [])
+    strategy, cluster = object(), Cluster()
+    assert joined.before(strategy, cluster, {}) is None
+    joined.begin()  # and TensorFlow raises
+    with pytest.raises(UserError, match="found one that could not be joined whole; start a new process"):
+        joined.before(strategy, cluster, {})
+    joined.remember(strategy, cluster, {})
+    assert joined.before(object(), cluster, {}) is strategy
+    joined.leave()
+    with pytest.raises(UserError, match="found one that was closed; start a new process"):
+        joined.before(strategy, cluster, {})

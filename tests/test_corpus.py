@@ -198,7 +198,7 @@ def test_a_file_with_several_paths_has_the_one_without_a_link(tmp_path):
     assert globs.files_of([f"{tmp_path}/A/*.txt", f"{tmp_path}/**/*.txt"]) == ([f"{tmp_path}/B/y.txt"], [])
 
 
-def test_a_line_without_an_end_is_read_once(tmp_path, small_pieces, monkeypatch):
+def test_a_line_without_an_end_is_read_once(tmp_path, monkeypatch):
     path, ticks = tmp_path / "a.jsonl", []
     path.write_bytes(b"x" * (1 << 16) + b"\n{}\n")
     monkeypatch.setattr(pieces, "_LINE_BYTES", 1 << 10)

@@ -398,6 +398,10 @@ def chief_and_server(**values) -> list[Seen]:
         ([seen(0, exit_code=140, exited_s=99.9), seen(1, exit_code=143)], 143, "stopped"),
         ([seen(0, beat_s=90, phase="connect"), seen(1, phase="import")], None, ""),  # TensorFlow waits, nobody can beat
         ([seen(0, beat_s=30, phase="connect"), seen(1, phase="import")], 142, "worker 0 is frozen"),
+        ([seen(0), seen(1, beat_s=90, phase="import")], None, ""),  # the same while its libraries are loaded
+        ([seen(0), seen(1, beat_s=30, phase="import")], 142, "worker 1 is frozen"),
+        ([seen(0), seen(1, beat_s=90, phase="import", suspended=True)], 142, "worker 1 is frozen"),
+        ([seen(0), seen(1, beat_s=90, phase="connect", suspended=True)], 142, "worker 1 is frozen"),
         ([seen(0, moved_s=0, phase="finish", must_beat=False)], None, ""),  # its own business
         ([seen(0, moved_s=0, phase="finish")], 142, "stuck"),
         ([seen(0), seen(1, beat_s=96)], 142, "worker 1 is frozen: no heartbeat for 4.0 s (phase train, step 7)"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfdist
 from tfdist.config import ModelConfig
 from tfdist.models import count, products
 from tfdist.models.dropout import Dropout, SamplePosition, rows_of_stream, sample_position, stream_key, uniform_rows
@@ -258,3 +259,30 @@ def test_layers_together_give_what_each_gives(use_bias):
 
     for one, other in zip(compiled(), alone, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_a_dense_layer_keeps_its_activation():
+    layer = products.Dense(4, "tanh", dtype="float64")
+    x = tf.constant(np.random.default_rng(0).normal(size=(3, 5)))
+    alone = layer(x)
+
+    @tf.function(jit_compile=True)
+    def compiled():
+        with products.compiled_for_cpu(True):
+            return layer(x)
+
+    np.testing.assert_allclose(compiled(), alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("jit_compile", "is_used"), [("on", True), ("off", False)])
+def test_a_compiled_step_uses_the_products_for_xla(monkeypatch, jit_compile, is_used):
+    """Without XLA they would have no operation to be kept in place with."""
+    used, multiply = [], products._multiply
+    monkeypatch.setattr(products, "_multiply", lambda *args: used.append(1) or multiply(*args))
+    strategy = tfdist.OneDevice()
+    with strategy.scope():
+        model, optimizer = TransformerLM(config(), LENGTH), keras.optimizers.SGD(0.1)
+    trainer = tfdist.Trainer(strategy, model, optimizer, next_token_loss, jit_compile=jit_compile, writers=[])
+    tokens = np.zeros((1, 2, LENGTH), "int32")
+    trainer.train(lambda context: tf.data.Dataset.from_tensor_slices((tokens, tokens)), 1)
+    assert bool(used) is is_used

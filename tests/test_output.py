@@ -130,6 +130,7 @@ def test_a_folder_of_logs_from_elsewhere_leads_nowhere(tmp_path, kind):
     (tmp_path / "logs").mkdir()
     (tmp_path / "precious").write_text("mine")
     path = tmp_path / "logs" / "worker-0.log"
+    (tmp_path / "logs" / "latest.log").symlink_to("worker-1.log")  # the user's own
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("../precious")
     done = finish(start(["-m", "tfdist.cli", "launch", "--workers=1", f"--log-dir={path.parent}", "--", "true"]), 20)
     assert done.returncode == 2 and "found worker-0.log, a link or a pipe" in done.stderr

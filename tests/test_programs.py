@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import finish, start
@@ -77,5 +78,7 @@ def test_a_build_by_several_processes_imports_nothing_from_the_current_folder(fo
     (folder / "signal.py").write_text(f"open({str(folder / 'was_run')!r}, 'a').write('signal ')")
     for i in range(3):
         (folder / f"{i}.txt").write_bytes(b"some text \n" * (4 << 20 >> i))
-    done = tfdist("data", "build", "--source=files:*.txt", "--tokenizer=bytes", "--out=built", "--processes=2")
+    command = str(Path(sys.executable).parent / "tfdist")  # as a user calls it: `-P` would be passed on by itself
+    arguments = ["--source=files:*.txt", "--tokenizer=bytes", "--out=built", "--processes=2"]
+    done = finish(start([command, "data", "build", *arguments]), 60)
     assert done.returncode == 0 and not (folder / "was_run").exists(), done.stderr

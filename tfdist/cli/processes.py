@@ -1,6 +1,7 @@
 """`tfdist launch`, `tfdist supervise`, and the supervisor of `tfdist train` in a cluster. No TensorFlow."""
 
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from tfdist.launch.assign import Group
 from tfdist.launch.watchdog import Limits
 
 _PROGRAM = programs.module("tfdist.cli")
+_LOG = re.compile(r"(chief|worker|ps|evaluator|data-dispatcher|data-worker)(-\d+)?\.log")
 _OWN_COMMANDS = ("train", "eval", "generate", "export", "doctor")
 
 _HELP = {
@@ -152,7 +154,7 @@ def _log_dir(given: flags.FlagValues, program: list[str]) -> Path:
     except OSError as error:
         fail(f"--log_dir: cannot write to {folder}: {error.strerror}")
     for log in sorted(folder.glob("*.log")):
-        if not stat.S_ISREG(log.lstat().st_mode):
+        if _LOG.fullmatch(log.name) and not stat.S_ISREG(log.lstat().st_mode):
             fail(f"expected regular files in {folder}, the logs, found {log.name}, a link or a pipe; move it away")
     return folder
 

@@ -7,6 +7,7 @@ what must be equal. When all have met all, the leader says "go" and the ports ar
 import asyncio
 import ipaddress
 import json
+import math
 import os
 import socket
 import threading
@@ -26,6 +27,7 @@ _HELLO_S = 5.0  # a connection that does not introduce itself is closed
 _CONNECT_S = 3.0
 _STRANGERS = 32  # that may be connected at once, and two for each task
 _ACCEPTED_AT_ONCE = 16
+_FREED_S = 3.0  # sockets are closed a little after they are dropped, and accepted again after a second
 _LONGEST_LINE_BYTES = 1 << 16
 _RETRY_S = 0.2
 _PORT_RETRY_S = 3.0
@@ -92,6 +94,7 @@ class Meeting:
         self.tasks: list[asyncio.Task] = []
         self.talks: set[asyncio.Task] = set()  # with those that reach me
         self.strangers: dict[Connection, None] = {}  # of them, who has not said who it is; the oldest first
+        self.dropped_s = -math.inf  # when many of them were
         self.server: asyncio.Server | None = None
 
     async def run(self, timeout_s: float) -> dict[Task, Connection]:
@@ -137,11 +140,13 @@ class Meeting:
             loop.default_exception_handler(context)
 
     def _out_of_descriptors(self) -> None:
-        """Strangers give way, as they do not say who they are; without them the limit is too low."""
-        if len(self.strangers) <= len(self.cluster.tasks):
+        """Many who do not say who they are give way. Without them the limit is too low."""
+        if len(self.strangers) > len(self.cluster.tasks) + _ACCEPTED_AT_ONCE:
+            self.dropped_s = time.monotonic()
+            for stranger in list(self.strangers):
+                self._drop(stranger)
+        elif time.monotonic() - self.dropped_s > _FREED_S:
             self._fail(UserError(f"{self.me}: {ports.out_of_descriptors()}"))
-        for stranger in list(self.strangers):
-            self._drop(stranger)
 
     def stop(self) -> None:
         """From a signal handler of the event loop: `run` tells the others and raises `ToldToStop`."""

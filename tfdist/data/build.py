@@ -133,12 +133,12 @@ def _build_pieces(job: Job, processes: int, progress: Progress, in_process) -> N
             progress(job.plan.pieces[i].size)
         return
     context = multiprocessing.get_context("spawn")  # a copy of a process with threads may hang
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(missing)), context, _begin, (os.getpid(), in_process, job)
-    )
+    with programs.imports_nothing_from_here():  # of its processes, and of the one that watches its semaphores
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(processes, len(missing)), context, _begin, (os.getpid(), in_process, job)
+        )
+        futures = {pool.submit(_build_piece_of_pool, i): i for i in missing}
     try:
-        with programs.imports_nothing_from_here():
-            futures = {pool.submit(_build_piece_of_pool, i): i for i in missing}
         for future in concurrent.futures.as_completed(futures):
             bad += _checked(future.result(), bad, job.max_bad_records)
             progress(job.plan.pieces[futures[future]].size)

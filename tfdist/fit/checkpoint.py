@@ -55,8 +55,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, folder: str | Path, every_steps: int = 0, keep_last: int = 3, keep_every_steps: int = 0):
         super().__init__()
-        if every_steps < 0 or keep_last < 1:
-            raise UserError(f"Checkpoint: expected every_steps >= 0 and keep_last >= 1, found {every_steps}, {keep_last}")
+        if every_steps < 0:
+            raise UserError(f"every_steps: expected at least 0, found {every_steps}")
         self.folder, self.every_steps = Path(folder), every_steps
         self.keep = policy.Keep(keep_last, keep_every_steps)
         self.strategy: Strategy | None = None

@@ -117,7 +117,7 @@ def judge(everyone: list[Seen], limits: Limits, now_s: float, own_reason_first_s
         return None
     running = [seen for seen in everyone if seen.exit_code is None and not seen.exiting]
     late = [seen for seen in running if seen.suspended or seen.beat_age_s > _LATE_S]
-    late = [seen for seen in late if seen.phase != "connect" and now_s - seen.heard_s <= _LATE_S]
+    late = [seen for seen in late if not _may_beat_late(seen) and now_s - seen.heard_s <= _LATE_S]
     if failed and late:  # the others noticed before its heartbeat ran out
         return Verdict(WATCHDOG, f"{late[0].task} is frozen ({late[0].at()})", late[0].task, late[0].step, stacks=True)
     quiet = [seen for seen in running if now_s - seen.heard_s > _LATE_S]
@@ -147,8 +147,12 @@ def _beat_limit_s(seen: Seen, limits: Limits) -> float:
     """How long no thread of a process may beat."""
     if seen.exiting:  # its last beat said so: Python has ended its threads, and TensorFlow takes its own apart
         return max(limits.heartbeat_timeout_s, EXIT_TIMEOUT_S)
-    # TensorFlow holds Python's lock until all members have come
-    return limits.start_timeout_s if seen.phase == "connect" else limits.heartbeat_timeout_s
+    return limits.start_timeout_s if _may_beat_late(seen) else limits.heartbeat_timeout_s
+
+
+def _may_beat_late(seen: Seen) -> bool:
+    """TensorFlow holds Python's lock while its libraries are loaded, and until all members have come."""
+    return seen.phase in ("import", "connect") and not seen.suspended
 
 
 def _without_a_sign(everyone: list[Seen], limits: Limits, now_s: float, step: int) -> Verdict | None:

@@ -33,11 +33,13 @@ class Dense(keras.layers.Dense):
     def call(self, inputs, training=None):
         if not _is_compiled_for_cpu.get():
             return super().call(inputs, training)
-        return together([self], inputs)[0]
+        y = together([self], inputs)[0]
+        return y if self.activation is None else self.activation(y)
 
 
 def together(layers: Sequence[keras.layers.Dense], x: tf.Tensor) -> list[tf.Tensor]:
-    """What each of several built layers without an activation gives for x [..., n]: on a CPU by one product."""
+    """What each of several built layers gives for x [..., n]: on a CPU by one product. All have a bias, or none; none has an
+    activation."""
     if not _is_compiled_for_cpu.get():
         return [layer(x) for layer in layers]
     y = product(x, tf.concat([tf.convert_to_tensor(layer.kernel) for layer in layers], 1))
