@@ -17,6 +17,7 @@ from tfdist.launch import protocol
 LAUNCHER_FD = "TFDIST_LAUNCHER_FD"  # names the supervisor's socket to the launcher; its end of file is the launcher's end
 _STACKS_S = 1.0  # time to write stacks between SIGUSR1 and SIGKILL
 _KILL_S = 5.0  # what the system may need to end a process
+_LATE_S = 1.0  # without a beat it is worth while to ask the system
 _MOST_WAITING_BYTES = 1 << 16  # of a line whose end is not there yet
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _CAN_LOOK = hasattr(os, "waitid")  # not on macOS before Python 3.13
@@ -173,7 +174,8 @@ class Child(OwnProcess):
 
     def status(self, now_s: float) -> dict[str, Any]:
         silent_s = None if self.beat_s is None else now_s - self.beat_s
-        return self.beat | {"silent_s": silent_s, "suspended": silent_s is None and self._is_suspended()}
+        is_late = silent_s is None or silent_s > _LATE_S
+        return self.beat | {"silent_s": silent_s, "suspended": is_late and self._is_suspended()}
 
     def _is_suspended(self) -> bool:
         with contextlib.suppress(OSError, IndexError):
